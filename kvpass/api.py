@@ -1,0 +1,223 @@
+"""The Python interface: source -> capture -> passes -> lowering -> `Transformed`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kvpass.calibration import Calibration, token_stream, windows
+from kvpass.capture import Source, capture
+from kvpass.errors import RequestError
+from kvpass.ir.check import plan_of, verify as verify_program
+from kvpass.ir.plan import CachePlan
+from kvpass.ir.program import Program
+from kvpass.ir.sites import Refusal, SiteFinder
+from kvpass.manager import Verify, make_plan, run
+from kvpass.passes.base import Context, Pass
+from kvpass.recipe import Recipe
+from kvpass.runtime.transformed import Transformed
+
+RecipeLike = Recipe | str | Path | Pass | Iterable[Pass] | None
+
+
+def transform(
+    source: Source,
+    recipe: RecipeLike = None,
+    *,
+    calibration: Calibration | None = None,
+    verify: Verify = "fast",
+    backend: Literal["auto", "reference"] = "auto",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Transformed:
+    """Rewrite a model.
+
+    Args:
+        source: a folder or hub id of a Hugging Face model, or an `nn.Module` that maps input_ids [B, S] to logits.
+        recipe: passes, a `Recipe`, or the path of a TOML file; nothing gives the model as it is, with kvpass's cache.
+        calibration: a text file, strings, or token-id tensors; needed by what is fitted, used by what can be.
+        verify: "off", "fast" (bounded: structure always, numbers for models under 1 GB) or "full".
+        backend: "reference" computes in plain torch; "auto" picks the best there is for the device.
+        device: where to compute; a GPU when there is one.
+        dtype: what to compute in; by default the checkpoint's on a GPU, float32 on a CPU.
+        seed: for everything random.
+        progress: a progress bar on stderr, when that is a terminal.
+
+    Raises:
+        KvpassError: with what went wrong, where, and what to do.
+    """
+    if backend not in ("auto", "reference"):
+        raise RequestError(f"there is no backend {backend!r}", fix="choose 'auto' or 'reference'")
+    steps = Recipe.of(recipe).passes
+    place = choose_device(device)
+    compute = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else None)
+    program = capture(source, compute)
+    make_plan(program, steps)
+    batches = []
+    if calibration is not None:
+        stream = token_stream(calibration, program.facts.folder)
+        batches = [b.to(place) for b in windows(stream, program.facts.vocab_size)]
+    with _progress(progress) as show:
+        context = Context(batches=batches, device=place, seed=seed, progress=show)
+        if verify != "off":
+            verify_program(program, "capture")
+        rewritten, report = run(program, steps, context, verify)
+        return Transformed(rewritten, report, place, Recipe(steps), original=program)
+
+
+def plan(source: Source, recipe: RecipeLike = None) -> CachePlan:
+    """The dry run: what the cache would be. The model is captured without reading a weight.
+
+    Raises:
+        PlanError: a pass cannot be applied to this model, with the reason.
+    """
+    return make_plan(capture(source, weights=False), Recipe.of(recipe).passes)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What was proved about one layer's attention."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    mask: str
+    softcap: float
+    sink_logits: bool
+    rotary: str
+    norm: str
+    layout: str
+    output: str
+    refusals: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a model is, as capture found it."""
+
+    name: str
+    family: str
+    layers: tuple[LayerFacts, ...]
+    vocab_size: int
+    max_positions: int | None
+    parameters: int
+    parameter_bytes: int
+    plan: CachePlan
+    passes: dict[str, str]  # pass -> "ok" or the reason why it would be refused
+
+
+def inspect(source: Source) -> ModelSummary:
+    """What is this model: layers, heads, masks, RoPE, layout, what is supported and why not. No weight is read.
+
+    Raises:
+        CaptureError: it is not a causal decoder that kvpass understands.
+    """
+    return summarize(capture(source, weights=isinstance(source, torch.nn.Module)))
+
+
+def summarize(program: Program) -> ModelSummary:
+    """The summary of a captured program."""
+    layers = tuple(_layer_facts(program, site) for site in SiteFinder(program))
+    used = program.used_weights()
+    parameters = [w for n, w in program.weights.items() if n in used and not w.constant]
+    refused = [r for layer in layers for r in layer.refusals]
+    return ModelSummary(
+        name=program.facts.name,
+        family=program.facts.family,
+        layers=layers,
+        vocab_size=program.facts.vocab_size,
+        max_positions=program.facts.max_positions,
+        parameters=sum(int(torch.Size(w.shape).numel()) for w in parameters),
+        parameter_bytes=program.parameter_bytes(),
+        plan=plan_of(program),
+        passes={"group-heads": refused[0] if refused else "ok"},
+    )
+
+
+def _layer_facts(program: Program, site: Any) -> LayerFacts:
+    refusals: list[str] = []
+    rotary = norm = layout = output = "unknown"
+    try:
+        path = site.path("k")
+        rope = path.rotary
+        rotary = "none" if not rope.pairs else f"{rope.layout}, {2 * len(rope.pairs)} of {site.head_dim} channels"
+        kind = path.norm
+        norm = "none" if kind.linear else ("per head" if kind.per_head else "over all heads")
+        if not kind.linear and not kind.per_head:
+            refusals.append(f"layer {site.layer}: keys are normalised over all heads together")
+        roots = {o: site.path(o).projection for o in ("q", "k", "v")}
+        layout = "fused" if len({p.node for p in roots.values()}) < 3 else "separate"
+        for operand in ("q", "v"):
+            _ = site.path(operand).rows
+    except Refusal as refusal:
+        refusals.append(f"layer {site.layer}: {refusal}")
+    try:
+        _ = site.output
+        output = "direct"
+    except Refusal as refusal:
+        output = "indirect"
+        refusals.append(f"layer {site.layer}: {refusal}")
+    mask = program.evidence.get(site.layer, {}).get("mask")
+    return LayerFacts(
+        layer=site.layer,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        key_dim=site.head_dim,
+        value_dim=site.value_dim,
+        scale=float(site.option("scale")),
+        mask=str(mask) if mask is not None else "causal",
+        softcap=float(site.option("softcap")),
+        sink_logits=site.optional("sink_logits") is not None,
+        rotary=rotary,
+        norm=norm,
+        layout=layout,
+        output=output,
+        refusals=tuple(refusals),
+    )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"there is no device {device!r}: {error}") from error
+
+
+class _progress:
+    """A progress bar on stderr, shown only on a terminal."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted and sys.stderr.isatty()
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> Any:
+        if self.wanted:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=1)
+        return self.show
+
+    def show(self, done: int, total: int, what: str) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total, description=what)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,96 @@
+"""Running parts of a graph: the workhorse behind every proof, fold and check.
+
+`evaluate` computes chosen nodes of a graph from given values, touching nothing else. Probes use it to ask a subgraph what
+it does; folding uses it to turn a weight expression into a tensor; shape analysis runs it on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvpass.errors import KvpassError
+
+WeightReader = Callable[[str], Tensor]
+
+
+def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """All nodes that `outputs` depend on, themselves included, not looking behind the nodes in `stop`."""
+    seen: set[fx.Node] = set()
+    barrier = set(stop)
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in barrier:
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes sorted as their graph orders them."""
+    return sorted(nodes)
+
+
+def evaluate(
+    outputs: Sequence[fx.Node],
+    given: Mapping[fx.Node, Any],
+    weight: WeightReader,
+    device: str | torch.device = "cpu",
+) -> list[Any]:
+    """Values of `outputs`, computed from the values in `given`; weights are read through `weight` by name.
+
+    Every device that the graph names is replaced by `device`. Errors raised inside an op are passed on with the node.
+    """
+    target_device = torch.device(device)
+    needed = in_order(ancestors(outputs, given))
+    users_left: dict[fx.Node, int] = {}
+    for node in needed:
+        if node not in given:
+            for source in node.all_input_nodes:
+                users_left[source] = users_left.get(source, 0) + 1
+    keep = set(outputs)
+    env: dict[fx.Node, Any] = {}
+
+    def value_of(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return env[argument]
+        if isinstance(argument, list | tuple):
+            return type(argument)(value_of(a) for a in argument)
+        if isinstance(argument, slice):
+            return slice(value_of(argument.start), value_of(argument.stop), value_of(argument.step))
+        if isinstance(argument, torch.device):
+            return target_device
+        return argument
+
+    for node in needed:
+        if node in given:
+            env[node] = given[node]
+            continue
+        if node.op == "get_attr":
+            env[node] = weight(str(node.target))
+        elif node.op == "call_function":
+            assert callable(node.target)
+            try:
+                env[node] = node.target(
+                    *(value_of(a) for a in node.args), **{k: value_of(v) for k, v in node.kwargs.items()}
+                )
+            except KvpassError:
+                raise
+            except Exception as error:
+                error.add_note(f"while running {node.format_node()}")
+                raise
+        elif node.op == "output":
+            env[node] = value_of(node.args[0])
+        else:
+            raise AssertionError(f"no value given for {node.op} {node.name}")
+        for source in node.all_input_nodes:
+            users_left[source] -= 1
+            if users_left[source] == 0 and source not in keep:
+                env.pop(source, None)
+    return [env[node] for node in outputs]

@@ -1,0 +1,68 @@
+"""Constant folding of weight expressions, lazily: an expression becomes a weight that is computed when it is read."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from kvpass.ir.execute import ancestors, evaluate
+from kvpass.ir.program import Program, Role, Weight, roles, sweep
+
+
+def fold_weights(program: Program) -> Program:
+    """A copy of the program in which every expression over weights alone is one named weight.
+
+    Nothing is computed here: the new weights read their originals and run their expression each time they are read, so a
+    checkpoint larger than memory converts tensor by tensor.
+    """
+    folded = program.copy()
+    graph = folded.forward
+    role = roles(graph)
+    shapes = folded.shapes()
+    names: dict[fx.Node, str] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or role[node] != Role.WEIGHT:
+            continue
+        if all(role[u] == Role.WEIGHT for u in node.users if u.op != "output"):
+            continue
+        name = _expression_name(node, folded)
+        names[node] = name
+        folded.weights[name] = _lazy(folded, node, shapes[node])
+        with graph.inserting_before(node):
+            replacement = graph.get_attr(name)
+        node.replace_all_uses_with(replacement, delete_user_cb=lambda user: role.get(user) != Role.WEIGHT)
+    kept = folded.copy()  # expressions still reference their nodes in `folded`; the swept copy is what callers see
+    sweep(kept.forward)
+    used = kept.used_weights()
+    kept.weights = {n: w for n, w in kept.weights.items() if n in used}
+    return kept
+
+
+def _lazy(program: Program, node: fx.Node, example: Tensor) -> Weight:
+    originals = dict(program.weights)
+
+    def read() -> Tensor:
+        def weight(name: str) -> Tensor:
+            found = originals[name]
+            tensor = found.read()
+            return tensor if tensor.dtype == found.dtype else tensor.to(found.dtype)
+
+        value: Tensor = evaluate([node], {}, weight)[0]
+        return value.contiguous()
+
+    return Weight(tuple(example.shape), example.dtype, read, _is_constant(program, node))
+
+
+def _is_constant(program: Program, node: fx.Node) -> bool:
+    return all(program.weights[str(n.target)].constant for n in ancestors([node]) if n.op == "get_attr")
+
+
+def _expression_name(node: fx.Node, program: Program) -> str:
+    """A stable name: the parameter it is mostly made of, and what makes it."""
+    base = node.meta.get("weight_name")
+    if base is None:
+        sources = [str(n.target) for n in sorted(ancestors([node])) if n.op == "get_attr"]
+        base = f"{sources[0]}.folded" if sources else f"constant.{node.name}"
+    name, count = base, 1
+    while name in program.weights:
+        name, count = f"{base}.{count}", count + 1
+    return name

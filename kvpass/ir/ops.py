@@ -1,0 +1,377 @@
+"""The dialect: `kvpass::attention` and its cached forms, each with an eager reference in plain torch.
+
+Everything that attention means stands in the arguments of one op, so torch, Triton and ONNX are three lowerings of it.
+The references never repeat KV heads: the query heads of a group are packed into the rows of one matrix product.
+
+Shapes: B batch, S query length, T key length, H query heads, Hkv KV heads, D head_dim, C cache capacity.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+_ROWS = 256  # query rows per block where the score matrix has to be formed; bounds memory at H * 256 * T
+
+
+def visible(
+    query_pos: Tensor,  # [..., S, 1] absolute positions
+    key_pos: Tensor,  # [T]
+    *,
+    causal: bool,
+    strict: bool,
+    window: int,
+    sinks: int,
+) -> Tensor | None:
+    """Boolean mask of what each query may read, or None when it may read everything.
+
+    `window` counts the query's own token (window 1 reads only itself); 0 means no window. `sinks` first keys stay
+    visible behind the window. `strict` hides the query's own token too.
+    """
+    mask: Tensor | None = None
+    if strict:
+        mask = key_pos < query_pos
+    elif causal:
+        mask = key_pos <= query_pos
+    if window > 0:
+        inside = key_pos > query_pos - window
+        if sinks > 0:
+            inside = inside | (key_pos < sinks)
+        mask = inside if mask is None else mask & inside
+    return mask
+
+
+def _masked_attention(
+    q: Tensor,  # [B, H, S, D]
+    k: Tensor,  # [B, Hkv, T, D]
+    v: Tensor,  # [B, Hkv, T, Dv]
+    seen: Tensor | None,  # bool, broadcastable to [B, 1, S, T]
+    bias: Tensor | None,  # float, broadcastable to [B, H, S, T]
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,  # [H]
+    may_be_empty: bool,
+) -> Tensor:
+    """Explicit softmax attention on packed query heads; a row with nothing to read gives zeros."""
+    batch, heads, length, _ = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    packed = q.reshape(batch, kv_heads, group * length, q.shape[3])
+    scores = torch.matmul(packed, k.transpose(-1, -2)).view(batch, kv_heads, group, length, keys)
+    scores = scores * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float()
+    if bias is not None:
+        bias = bias.float()
+        if bias.dim() == 4 and bias.shape[1] != 1:
+            bias = bias.reshape(bias.shape[0], kv_heads, group, bias.shape[2], bias.shape[3])
+        elif bias.dim() == 4:
+            bias = bias.unsqueeze(1)
+        scores = scores + bias
+    if seen is not None:
+        scores = scores.masked_fill(~(seen.unsqueeze(1) if seen.dim() == 4 else seen), NEG_INF)
+    if sink_logits is not None:
+        sink = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, length, 1)
+        probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    else:
+        probabilities = torch.softmax(scores, dim=-1)
+        if may_be_empty:
+            empty = torch.isneginf(scores).all(dim=-1, keepdim=True)
+            probabilities = probabilities.masked_fill(empty, 0.0)
+    probabilities = probabilities.to(v.dtype).view(batch, kv_heads, group * length, keys)
+    return torch.matmul(probabilities, v).view(batch, heads, length, v.shape[3])
+
+
+def _attend_positions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | int,  # absolute position of the first query: [B] or one number
+    *,
+    scale: float,
+    causal: bool,
+    strict: bool,
+    window: int,
+    sinks: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Attention of S queries at positions first .. first+S-1 over keys at positions 0 .. T-1."""
+    length, keys = q.shape[2], k.shape[2]
+    if length == 0:
+        return q.new_zeros((*q.shape[:3], v.shape[3]))
+    uniform = not isinstance(first, Tensor)
+    plain = softcap == 0 and sink_logits is None and alibi_slopes is None and mask is None
+    if plain and uniform and length > 1 and causal and not strict and window == 0:
+        gqa = bool(q.shape[1] != k.shape[1])
+        dot = torch.nn.functional.scaled_dot_product_attention
+        if first == 0 and keys == length:
+            return dot(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    key_pos = torch.arange(keys, device=q.device)
+    may_be_empty = strict or mask is not None
+    blocks = []
+    for start in range(0, length, _ROWS):
+        stop = min(start + _ROWS, length)
+        rows = torch.arange(start, stop, device=q.device)
+        if uniform:
+            query_pos = (rows + first).view(1, 1, -1, 1)
+        else:
+            assert isinstance(first, Tensor)
+            query_pos = (first.view(-1, 1) + rows).view(-1, 1, stop - start, 1)
+        one_new_token = uniform and length == 1 and keys == first + 1  # type: ignore[operator]
+        seen = visible(
+            query_pos,
+            key_pos,
+            causal=causal and not one_new_token,
+            strict=strict,
+            window=window if window < keys else 0,
+            sinks=sinks,
+        )
+        bias = None
+        if mask is not None:
+            part = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
+            part = part[..., :keys]
+            if part.dtype == torch.bool:
+                seen = part if seen is None else seen & part
+            else:
+                bias = part
+        if alibi_slopes is not None:
+            distance = (key_pos - query_pos).float()
+            slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * distance
+            bias = slope_bias if bias is None else bias + slope_bias
+        blocks.append(
+            _masked_attention(q[:, :, start:stop], k, v, seen, bias, scale, softcap, sink_logits, may_be_empty)
+        )
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    strict: bool = False,
+    window: int = 0,
+    sinks: int = 0,
+    softcap: float = 0.0,
+    layer: int = -1,
+) -> Tensor:
+    """Attention of q [B,H,S,D] over k [B,Hkv,T,D], v [B,Hkv,T,Dv] -> [B,H,S,Dv], differentiable.
+
+    Query i of S stands at key position T-S+i. Scores are `softcap * tanh(scale * q.k / softcap)` (no cap when 0), plus
+    `alibi_slopes[h] * (key - query)`, plus `mask` where it is floating point. `sink_logits` [H] join the softmax's
+    denominator. A row with nothing to read gives the zero vector.
+    """
+    return _attend_positions(
+        q,
+        k,
+        v,
+        k.shape[2] - q.shape[2],
+        scale=scale,
+        causal=causal,
+        strict=strict,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        mask=mask,
+    )
+
+
+def attend_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,  # [B, Hkv, C, D]
+    cache_v: Tensor,  # [B, Hkv, C, Dv]
+    starts: Tensor,  # [B] int64: tokens that each row holds already
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    end: int,
+    ragged: bool,
+    scale: float,
+    causal: bool = True,
+    strict: bool = False,
+    window: int = 0,
+    sinks: int = 0,
+    softcap: float = 0.0,
+    layer: int = -1,
+) -> Tensor:
+    """Write k, v of S new tokens into the layer's cache at `starts`, then attend over everything up to them.
+
+    `end` is max(starts) + S. `ragged` says that the rows of `starts` differ; without it every row starts at end - S.
+    Entries of a row beyond its own length are never read. Returns [B, H, S, Dv]; the caches change in place.
+    """
+    batch, _, length, _ = q.shape
+    if not ragged:
+        first = end - length
+        cache_k[:, :, first:end] = k
+        cache_v[:, :, first:end] = v
+        if first == 0:
+            keys, values = k, v
+        else:
+            keys, values = cache_k[:, :, :end], cache_v[:, :, :end]
+        where: Tensor | int = first
+    else:
+        slots = starts.view(-1, 1) + torch.arange(length, device=starts.device)
+        rows = torch.arange(batch, device=starts.device).view(-1, 1)
+        cache_k[rows, :, slots] = k.transpose(1, 2)
+        cache_v[rows, :, slots] = v.transpose(1, 2)
+        keys, values = cache_k[:, :, :end], cache_v[:, :, :end]
+        where = starts
+    return _attend_positions(
+        q,
+        keys,
+        values,
+        where,
+        scale=scale,
+        causal=causal,
+        strict=strict,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        mask=mask,
+    )
+
+
+@torch.library.custom_op("kvpass::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    strict: bool = False,
+    window: int = 0,
+    sinks: int = 0,
+    softcap: float = 0.0,
+    layer: int = -1,
+) -> Tensor:
+    """Stateless attention; see `attention_reference`, which is its meaning."""
+    return attention_reference(
+        q,
+        k,
+        v,
+        sink_logits,
+        alibi_slopes,
+        mask,
+        scale=scale,
+        causal=causal,
+        strict=strict,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        layer=layer,
+    ).contiguous()
+
+
+@attention.register_fake
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.needed = [t is not None and t.is_floating_point() and t.requires_grad for t in inputs]
+    ctx.options = keyword_only_inputs
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [
+            t.detach().requires_grad_(need) if t is not None else None
+            for t, need in zip(saved, ctx.needed, strict=True)
+        ]
+        out = attention_reference(*inputs, **ctx.options)
+    wanted = [t for t, need in zip(inputs, ctx.needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+    return tuple(next(grads) if need else None for need in ctx.needed)
+
+
+attention.register_autograd(_attention_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("kvpass::attend", mutates_args=("cache_k", "cache_v"))
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    starts: Tensor,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    end: int,
+    ragged: bool,
+    scale: float,
+    causal: bool = True,
+    strict: bool = False,
+    window: int = 0,
+    sinks: int = 0,
+    softcap: float = 0.0,
+    layer: int = -1,
+) -> Tensor:
+    """Cached attention; made only by the cache pass. See `attend_reference`, which is its meaning."""
+    return attend_reference(
+        q,
+        k,
+        v,
+        cache_k,
+        cache_v,
+        starts,
+        sink_logits,
+        alibi_slopes,
+        mask,
+        end=end,
+        ragged=ragged,
+        scale=scale,
+        causal=causal,
+        strict=strict,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        layer=layer,
+    ).contiguous()
+
+
+@attend.register_fake
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+REFERENCES: dict[Any, Any] = {
+    torch.ops.kvpass.attention.default: attention_reference,
+    torch.ops.kvpass.attend.default: attend_reference,
+}
+"""What the torch lowering calls in place of each op: the same meaning without the dispatcher's cost per call."""
+
+
+def default_scale(head_dim: int) -> float:
+    """The usual 1 / sqrt(head_dim)."""
+    return 1.0 / math.sqrt(head_dim)
