@@ -1,8 +1,9 @@
 """`save_pretrained`: a plain Hugging Face checkpoint of a rewritten model, where the family can express it.
 
-There is no code per family. The family's own model is built from the changed config, captured without weights, and asked
-by execution where each head's rows stand in its projections (fused, interleaved, transposed or plain). The rewritten
-weights are then written to those places, one tensor in memory at a time, and the result is captured again and compared.
+There is no code per family. The family's own model is built from the changed config, captured without weights, and
+asked by execution where each head's rows stand in its projections (fused, interleaved, transposed or plain). The
+rewritten weights are then written to those places, one tensor in memory at a time, and the result is captured again and
+compared.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from kvpass.export.program_folder import copy_companions
+from kvpass.ir.storage import StreamWriter
+from kvpass.output import output_folder
 from torch import Tensor, fx
 
 from kvpass.capture import capture, capture_config
 from kvpass.errors import CheckError, KvpassError, UnsupportedError
-from kvpass.export.program_folder import copy_companions
 from kvpass.ir.check import compare
 from kvpass.ir.execute import evaluate
 from kvpass.ir.fold import fold_weights
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program, output_node, placeholder
-from kvpass.ir.sites import AttentionSite, Path as OperandPath, Refusal, SiteFinder
-from kvpass.ir.storage import StreamWriter
-from kvpass.output import output_folder
+from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
+from kvpass.ir.sites import Path as OperandPath
 
 if TYPE_CHECKING:
     from kvpass.manager import Report
@@ -199,7 +201,7 @@ def _assign_site(
 ) -> None:
     pieces: dict[str, list[tuple[Tensor, Maker, bool]]] = {}
     for operand in ("q", "k", "v"):
-        ours, theirs = mine.path(operand), other.path(operand)  # type: ignore[arg-type]
+        ours, theirs = mine.path(operand), other.path(operand)
         rows, places = _distinct_rows(ours), _distinct_rows(theirs)
         if operand == "q":
             rows, places = ours.rows, theirs.rows

@@ -13,7 +13,8 @@ import torch
 from kvpass.calibration import Calibration, token_stream, windows
 from kvpass.capture import Source, capture
 from kvpass.errors import RequestError
-from kvpass.ir.check import plan_of, verify as verify_program
+from kvpass.ir.check import plan_of
+from kvpass.ir.check import verify as verify_program
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.sites import Refusal, SiteFinder

@@ -68,7 +68,9 @@ def make_plan(program: Program, passes: Sequence[Pass]) -> CachePlan:
     return plan
 
 
-def run(program: Program, passes: Sequence[Pass], context: Context, verify_level: Verify = "fast") -> tuple[Program, Report]:
+def run(
+    program: Program, passes: Sequence[Pass], context: Context, verify_level: Verify = "fast"
+) -> tuple[Program, Report]:
     """Apply passes to a copy of a program.
 
     Raises:
@@ -157,8 +159,8 @@ def _check_numbers(before: Program, after: Program, step: Pass, level: Verify, c
     allowed = TOLERANCE.get(before.facts.dtype, 2e-5)
     if not error <= allowed:
         raise CheckError(
-            f"{step.describe()} promised to be {step.effect.value} and changed the logits by {error:.1e} of their spread "
-            f"(allowed {allowed:.0e})",
+            f"{step.describe()} promised to be {step.effect.value} and changed the logits by {error:.1e} of their "
+            f"spread (allowed {allowed:.0e})",
             fix="this is a defect of the pass or of the capture; please report the model",
         )
     return f"logits equal to {error:.1e}"
@@ -186,5 +188,7 @@ def _logits(program: Program, context: Context) -> Tensor:
         return program.read(name).to(context.device)
 
     with torch.no_grad():
-        result: Tensor = evaluate([output_node(graph)], {placeholder(graph, "input_ids"): ids}, weight, context.device)[0]
+        result: Tensor = evaluate([output_node(graph)], {placeholder(graph, "input_ids"): ids}, weight, context.device)[
+            0
+        ]
     return result

@@ -112,7 +112,9 @@ def build(entry: dict[str, Any], where: str) -> Pass:
         key = ".".join(str(p) for p in first["loc"][:1])
         if first["type"] == "extra_forbidden":
             raise RequestError(
-                f"{name} has no key {key!r}", where=where, fix=f"its keys are {[f.name for f in fields(kind)]}"  # type: ignore[arg-type]
+                f"{name} has no key {key!r}",
+                where=where,
+                fix=f"its keys are {[f.name for f in fields(kind)]}",  # type: ignore[arg-type]
             ) from error
         raise RequestError(f"{name}: {key}: {first['msg']}", where=where) from error
     return kind(**{f.name: getattr(checked, f.name) for f in fields(kind)})  # type: ignore[arg-type]
@@ -138,5 +140,3 @@ def _toml(value: Any) -> str:
 def dump_passes(passes: Sequence[Pass]) -> list[dict[str, Any]]:
     """Passes as plain values, for JSON."""
     return [{"name": p.key(), **p.options()} for p in passes]
-
-

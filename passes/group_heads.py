@@ -1,36 +1,42 @@
 """GroupHeads: multi-head attention to grouped-query attention, by merging KV heads of the model at hand.
 
-Fewer KV heads, a smaller cache, the same query heads (Ainslie et al. 2023, arXiv 2305.13245). The baseline averages heads;
-`procrustes` first turns them towards each other (Jin et al. 2024, arXiv 2412.20677); `pca` takes the best shared basis: a
-complex PCA of keys per RoPE frequency, an output-weighted PCA of values, heads grouped by what would be lost
+Fewer KV heads, a smaller cache, the same query heads (Ainslie et al. 2023, arXiv 2305.13245). The baseline averages
+heads; `procrustes` first turns them towards each other (Jin et al. 2024, arXiv 2412.20677); `pca` takes the best shared
+basis: a complex PCA of keys per RoPE frequency, an output-weighted PCA of values, heads grouped by what would be lost
 (`kvpass.passes.head_merge` has the algebra). `refit` then repairs each attention block on calibration text, layer after
-layer, on the student's own inputs: `o_proj` solves W_O by ridge regression, `distill` trains the block's four projections
-for a few hundred steps. What is kept: query heads, head_dim, every other weight, a plain GQA checkpoint. What is lost is
-measured, per layer by the KL of swapping that layer alone.
+layer, on the student's own inputs: `o_proj` solves W_O by ridge regression, `distill` trains the block's four
+projections for a few hundred steps. What is kept: query heads, head_dim, every other weight, a plain GQA checkpoint.
+What is lost is measured, per layer by the KL of swapping that layer alone.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from kvpass.passes.base import Context, Effect, Pass, Rewritten
+from kvpass.passes.head_merge import (
+    HeadMerge,
+    KeyBasis,
+    Method,
+    SiteStats,
+    merge_heads,
+    output_gram,
+    symmetric_transform,
+)
+from kvpass.passes.split_projections import FACT, insert_at, rebuild
 from torch import Tensor, fx
 
 from kvpass.errors import CheckError, PlanError, UnsupportedError
 from kvpass.ir.execute import ancestors, evaluate, in_order
 from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import Program, Role, Weight, aten, insert_call, placeholder, roles, sweep
+from kvpass.ir.program import Program, Role, Weight, aten, insert_call, placeholder, sweep
 from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
 from kvpass.ir.staged import Staged, block
-from kvpass.passes.base import Context, Effect, Pass, Rewritten
-from kvpass.passes.head_merge import HeadMerge, KeyBasis, SiteStats, merge_heads, symmetric_transform
-from kvpass.passes.split_projections import FACT, insert_at, rebuild
 
-Method = Literal["mean", "first", "procrustes", "pca"]
 Refit = Literal["none", "o_proj", "distill"]
 
 
@@ -168,8 +174,8 @@ class _Job:
                 "layer": layer,
                 "kv_heads": f"{site.kv_heads} -> {self.counts[layer]}",
                 "groups": [list(g) for g in merge.groups],
-                "key_residual": float(merge.key_total_residual),
-                "value_residual": float(merge.value_total_residual),
+                "key_residual": float(merge.key_residual),
+                "value_residual": float(merge.value_residual),
             }
             if student is not None and teacher is not None:
                 record |= self._refit(layer, site, teacher, student)
@@ -224,8 +230,10 @@ class _Job:
         expressions = list(place.nodes.values())
         values = student.constants(expressions)
         inside = ancestors([place.y], given[0])
-        run = [n for n in inside if n not in given[0] and student.roles[n] == Role.DATA]
-        border = in_order({s for n in run for s in n.all_input_nodes if student.roles[s] != Role.DATA} - set(expressions))
+        run = [n for n in inside if n not in given[0] and student.roles[n] == Role.DATA and n.op != "placeholder"]
+        border = in_order(
+            {s for n in run for s in n.all_input_nodes if student.roles[s] != Role.DATA} - set(expressions)
+        )
         shared = student.constants(border)
         function = block(run, shared, place.y, student.device)
         scale = sum(float(w.float().pow(2).mean()) for w in wanted) / len(wanted)
@@ -235,7 +243,9 @@ class _Job:
 
         with torch.no_grad():
             before = sum(float(error(values, i)) for i in range(len(given))) / len(given)
-        mix = block([n for n in run if n is not place.y and _before(n, place.mixed)], shared, place.mixed, student.device)
+        mix = block(
+            [n for n in run if n is not place.y and _before(n, place.mixed)], shared, place.mixed, student.device
+        )
         new = dict(values)
         new[place.nodes["o"]] = _ridge(mix, values, given, wanted, place)
         if self.options.refit == "distill":
@@ -264,7 +274,8 @@ class _Job:
             self.program.weights = {n: w for n, w in self.program.weights.items() if n in used}
 
     def _swap_losses(self, merges: list[HeadMerge]) -> list[float]:
-        """KL(original || original with one layer converted), in nats per token, per layer; the best predictor of damage."""
+        """KL(original || original with one layer converted), in nats per token, per layer; the best predictor of
+        damage."""
         context, windows = self.context, self.options.swap_windows
         rows = torch.cat(list(context.batches))[:windows]
         reference = _log_probabilities(self.teacher, rows, context.device)
@@ -365,11 +376,10 @@ def rewire(program: Program, site: AttentionSite, kv_heads: int) -> _Rewired:
             site.set_optional(name, moved)
 
     projection = output.projection
-    source = projection.weight
+    original = projection.weight
     after = projection.node
-    before = after
     if projection.transposed:
-        source = insert_call(graph, after, aten.transpose.int, source, 0, 1)
+        original = insert_call(graph, after, aten.transpose.int, original, 0, 1)
     hidden = int(shapes[projection.weight].shape[1 if projection.transposed else 0])
     columns_name = f"{stem}.columns"
     while columns_name in program.weights:
@@ -377,7 +387,7 @@ def rewire(program: Program, site: AttentionSite, kv_heads: int) -> _Rewired:
     program.weights[columns_name] = Weight.of(output.columns.flatten(), constant=True)
     columns_node = insert_at(graph, after, "get_attr", columns_name)
     dtype = shapes[projection.weight].dtype
-    ordered = insert_call(graph, after, aten.index_select.default, source, 1, columns_node)
+    ordered = insert_call(graph, after, aten.index_select.default, original, 1, columns_node)
     wide = insert_call(graph, after, aten.to.dtype, ordered, torch.float64)
     split = insert_call(graph, after, aten.reshape.default, wide, [hidden, heads, value_dim])
     by_head = insert_call(graph, after, aten.permute.default, split, [1, 0, 2])
@@ -393,9 +403,8 @@ def rewire(program: Program, site: AttentionSite, kv_heads: int) -> _Rewired:
     length = insert_call(graph, after, aten.sym_size.int, ids, 1)
     turned = insert_call(graph, after, aten.transpose.int, site.node, 1, 2)
     mixed = insert_call(graph, after, aten.reshape.default, turned, [batch, length, heads * value_dim])
-    if mixed_dtype := shapes[projection.x].dtype:
-        if mixed_dtype != shapes[site.node].dtype:
-            mixed = insert_call(graph, after, aten.to.dtype, mixed, mixed_dtype)
+    if shapes[projection.x].dtype != shapes[site.node].dtype:
+        mixed = insert_call(graph, after, aten.to.dtype, mixed, shapes[projection.x].dtype)
     y = insert_call(graph, after, aten.linear.default, mixed, weight, projection.bias)
     place.mixed, place.y = mixed, y
     result = y
@@ -421,19 +430,15 @@ def program_shape(program: Program, node: fx.Node) -> tuple[int, ...]:
 def merge_constants(merge: HeadMerge, heads: int, kv_heads: int) -> dict[str, Tensor]:
     """The constants that a rewired site's expressions read, from a merge."""
     ratio = heads // kv_heads
-    head_order = torch.tensor([h for g in merge.groups for h in g])
     query_order = torch.tensor([h * ratio + i for g in merge.groups for h in g for i in range(ratio)])
-    dim, value_dim = merge.query_map.shape[-1], merge.out_map.shape[-1]
     reader = query_order // ratio
-    keys = merge.key_map.reshape(len(merge.groups), dim, kv_heads, dim)
-    values = merge.value_map.reshape(len(merge.groups), value_dim, kv_heads, value_dim)
     return {
-        "head_order": head_order,
+        "head_order": torch.tensor([h for g in merge.groups for h in g]),
         "query_order": query_order,
-        "query_map": merge.query_map[reader].contiguous(),
-        "key_map": torch.stack([keys[g][:, list(m)].flatten(1) for g, m in enumerate(merge.groups)]),
-        "value_map": torch.stack([values[g][:, list(m)].flatten(1) for g, m in enumerate(merge.groups)]),
-        "out_map": merge.out_map[reader].contiguous(),
+        "query_map": merge.query_map[reader],
+        "key_map": merge.key_map,
+        "value_map": merge.value_map,
+        "out_map": merge.out_map[reader],
     }
 
 
@@ -474,7 +479,8 @@ def _basis(site: AttentionSite) -> KeyBasis:
 
 @dataclass(frozen=True)
 class _Operands:
-    """A site's weights by head, in float64: wq [H,D,C], wk [Hkv,D,C], wv [Hkv,Dv,C], wo [H,hidden,Dv], biases or None."""
+    """A site's weights by head, in float64: wq [H,D,C], wk [Hkv,D,C], wv [Hkv,Dv,C], wo [H,hidden,Dv], biases or
+    None."""
 
     wq: Tensor
     wk: Tensor
@@ -520,10 +526,8 @@ def _data_free(site: AttentionSite, operands: _Operands, basis: KeyBasis) -> Sit
 
 def _measure(site: AttentionSite, teacher: Staged, operands: _Operands, basis: KeyBasis) -> SiteStats:
     """Statistics of a site over the calibration batches; keys as attention sees them, centred per window."""
-    kv, dim, ratio = site.kv_heads, site.head_dim, site.heads // site.kv_heads
-    first = torch.tensor([i for i, _ in basis.pairs], dtype=torch.long)
-    second = torch.tensor([j for _, j in basis.pairs], dtype=torch.long)
-    free = torch.tensor(basis.free, dtype=torch.long)
+    kv, ratio = site.kv_heads, site.heads // site.kv_heads
+    first, second, free = basis.first, basis.second, basis.rest
     pairs, loose = len(first), len(free)
     key_cov = torch.zeros((pairs, kv, kv), dtype=torch.complex128)
     key_free = torch.zeros((kv * loose, kv * loose), dtype=torch.float64)
@@ -537,7 +541,7 @@ def _measure(site: AttentionSite, teacher: Staged, operands: _Operands, basis: K
         tokens = k.shape[0] * k.shape[2]
         count += tokens
         centred = k - k.mean(dim=2, keepdim=True)
-        z = torch.complex(centred[..., first], centred[..., second]).permute(3, 1, 0, 2).reshape(pairs, kv, tokens)
+        z = basis.complex(centred).permute(3, 1, 0, 2).reshape(pairs, kv, tokens)
         key_cov += z @ z.mH
         flat = centred[..., free].permute(0, 2, 1, 3).reshape(tokens, kv * loose)
         key_free += flat.T @ flat
@@ -547,15 +551,13 @@ def _measure(site: AttentionSite, teacher: Staged, operands: _Operands, basis: K
         query_free += torch.einsum("bkrsf,bkrsg->kfg", loose_q, loose_q)
         values = v.permute(0, 2, 1, 3).reshape(tokens, kv * site.value_dim)
         value_cov += values.T @ values
-    gram = torch.einsum("hxd,hxe->hde", operands.wo, operands.wo)
-    out_gram = gram.reshape(kv, ratio, site.value_dim, site.value_dim).sum(1)
     return SiteStats(
         key_cov=key_cov / count,
         key_free_cov=key_free / count,
         query_energy=energy / count,
         query_free_cov=query_free / count,
         value_cov=value_cov / count,
-        out_gram=out_gram,
+        out_gram=output_gram(operands.wo, kv),
     )
 
 
@@ -572,7 +574,7 @@ def _self_test(program: Program, site: AttentionSite, basis: KeyBasis, context: 
     trial = program.copy()
     finder = SiteFinder(trial)
     copied = finder[site.layer]
-    x = in_order({copied.path(o).projection.x for o in ("q", "k", "v")})  # type: ignore[arg-type]
+    x = in_order({copied.path(o).projection.x for o in ("q", "k", "v")})
     y = copied.output.projection.node
     length = 12
     given: dict[fx.Node, Any] = {
@@ -651,9 +653,7 @@ def _ridge(mix: Any, values: dict[fx.Node, Tensor], given: list[Any], wanted: li
     return solved.T.contiguous().to(start)
 
 
-def _distill(
-    error: Any, start: dict[fx.Node, Tensor], batches: int, steps: int, seed: int
-) -> dict[fx.Node, Tensor]:
+def _distill(error: Any, start: dict[fx.Node, Tensor], batches: int, steps: int, seed: int) -> dict[fx.Node, Tensor]:
     """Adam on a block's projections against the relative squared error of its output."""
     weights = {n: t.detach().float().clone().requires_grad_(True) for n, t in start.items()}
     dtypes = {n: t.dtype for n, t in start.items()}
@@ -688,13 +688,3 @@ def _log_probabilities(program: Program, rows: Tensor, device: torch.device) -> 
         staged.advance([result])
         found.append(torch.log_softmax(staged.values(result)[0].float(), dim=-1))
     return torch.cat(found)
-
-
-def used_roles(program: Program) -> dict[fx.Node, Role]:
-    """Roles of the forward entry's nodes."""
-    return roles(program.forward)
-
-
-def check_batches(batches: Sequence[Tensor]) -> int:
-    """Tokens in the calibration batches."""
-    return sum(int(b.numel()) for b in batches)

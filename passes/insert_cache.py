@@ -1,9 +1,10 @@
 """Turn the plan into cache code: from the stateless `forward` entry to `prefill` and `decode`.
 
 Every attention becomes `kvpass::attend`, which writes its layer's preallocated cache and reads it. Whatever the model
-computes from positions alone (RoPE tables, learned positions, position ids) is found by what it depends on, proved to be
-the same table for every length, and read from that table at each row's own positions; so rows of different lengths decode
-together, and no trigonometry is done per token. `prefill` projects only the last token of each row to the vocabulary.
+computes from positions alone (RoPE tables, learned positions, position ids) is found by what it depends on, proved to
+be the same table for every length, and read from that table at each row's own positions; so rows of different lengths
+decode together, and no trigonometry is done per token. `prefill` projects only the last token of each row to the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ from torch import Tensor, fx
 
 from kvpass.errors import UnsupportedError
 from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import ATTEND, ATTENTION, FILLS, Program, Role, aten, insert_call, output_node, placeholder, roles, sweep
+from kvpass.ir.program import (
+    ATTEND,
+    ATTENTION,
+    FILLS,
+    Program,
+    Role,
+    aten,
+    insert_call,
+    output_node,
+    placeholder,
+    roles,
+    sweep,
+)
 from kvpass.ir.sites import Refusal, SiteFinder
 
 
@@ -55,8 +68,9 @@ class Inserted:
 def insert_cache(program: Program, plan: CachePlan) -> Inserted:
     """Add the entries `prefill` and `decode` to a program.
 
-    Both take (input_ids [B, S], starts [B] int64, end, ragged, *key and value caches per layer [B, Hkv, C, D], *tables);
-    `prefill` also takes `last` [B] int64, the index of each row's last token among the S, and returns logits [B, 1, V].
+    Both take (input_ids [B, S], starts [B] int64, end, ragged, *key and value caches per layer [B, Hkv, C, D],
+    *tables); `prefill` also takes `last` [B] int64, the index of each row's last token among the S, and returns logits
+    [B, 1, V].
 
     Raises:
         UnsupportedError: something in the model depends on the length of the whole sequence.
@@ -107,7 +121,7 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
             continue
         copied = mapping[node]
         if node.target is ATTENTION:
-            layer = int(node.kwargs["layer"])  # type: ignore[arg-type]
+            layer = int(node.kwargs["layer"])
             arguments = [*copied.args, None, None, None][:6]
             mask = node.args[5] if len(node.args) > 5 else None
             if isinstance(mask, fx.Node):
@@ -177,9 +191,7 @@ def _axes(node: fx.Node, small: dict[fx.Node, Any], large: dict[fx.Node, Any]) -
     return tokens, batch
 
 
-def _table(
-    node: fx.Node, small: dict[fx.Node, Any], large: dict[fx.Node, Any], tables: dict[fx.Node, Table]
-) -> Table:
+def _table(node: fx.Node, small: dict[fx.Node, Any], large: dict[fx.Node, Any], tables: dict[fx.Node, Table]) -> Table:
     if node not in tables:
         tokens, batch = _axes(node, small, large)
         if len(tokens) != 1:

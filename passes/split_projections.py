@@ -1,8 +1,8 @@
 """Give every attention operand a projection of its own, its rows ordered by head and channel.
 
-Fused QKV weights, heads interleaved in them, transposed storage and KV heads that the model computes once per query head
-all become `linear(x, rows of the weight)`, where the rows were found by execution (`kvpass.ir.sites`). A layout pass: the
-same function, and what every rewrite of weights starts from.
+Fused QKV weights, heads interleaved in them, transposed storage and KV heads that the model computes once per query
+head all become `linear(x, rows of the weight)`, where the rows were found by execution (`kvpass.ir.sites`). A layout
+pass: the same function, and what every rewrite of weights starts from.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from kvpass.passes.base import Context, Effect, Pass, Rewritten
 from torch import Tensor, fx
 
 from kvpass.errors import CheckError, UnsupportedError
 from kvpass.ir.program import Program, Weight, aten, insert_call, placeholder, sweep
 from kvpass.ir.sites import AttentionSite, Operand, Path, Refusal, SiteFinder
-from kvpass.passes.base import Context, Effect, Pass, Rewritten
 
 FACT = "separate projections"
 
@@ -53,7 +53,7 @@ class SplitProjections(Pass):
 def split_site(program: Program, site: AttentionSite) -> list[str]:
     """Split one site; returns the operands that changed."""
     paths = {o: site.path(o) for o in ("q", "k", "v")}
-    rows = {o: p.rows for o, p in paths.items()}  # type: ignore[attr-defined]
+    rows = {o: p.rows for o, p in paths.items()}
     repeat = _repeats(rows["k"], rows["v"])
     if repeat > 1:
         rows["k"], rows["v"] = rows["k"][::repeat], rows["v"][::repeat]
@@ -203,7 +203,11 @@ def _adapt_heads(
     shape_out = list(value.shape)
     lead = _product(shape_in.shape[:axis_in])
     axis_out = next(
-        (i for i, s in enumerate(shape_out) if _product(shape_out[:i]) == lead and s == old and _product(shape_out) > lead),
+        (
+            i
+            for i, s in enumerate(shape_out)
+            if _product(shape_out[:i]) == lead and s == old and _product(shape_out) > lead
+        ),
         None,
     )
     if node.target in (aten.transpose.int, aten.permute.default, aten.movedim.int):
@@ -233,7 +237,13 @@ def _product(sizes: object) -> int:
 
 
 def _prove_heads(
-    finder: SiteFinder, path: Path, frontier: fx.Node, start: fx.Node, result: fx.Node, permutation: tuple[int, ...], heads: int
+    finder: SiteFinder,
+    path: Path,
+    frontier: fx.Node,
+    start: fx.Node,
+    result: fx.Node,
+    permutation: tuple[int, ...],
+    heads: int,
 ) -> None:
     """The path with another number of heads must treat each head as it did before."""
     generator = torch.Generator().manual_seed(7)

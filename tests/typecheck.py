@@ -1,7 +1,7 @@
 """Run mypy on the installed layout.
 
-The repository keeps `passes/`, `kernels/` and `export/` beside `kvpass/`; they are imported as `kvpass.passes` and so on.
-mypy looks at folders, so it gets a tree of links in the shape of the package.
+The repository keeps `passes/`, `kernels/` and `export/` beside `kvpass/`; they are imported as `kvpass.passes` and so
+on. mypy looks at folders, so it gets a tree of links in the shape of the package.
 """
 
 import subprocess

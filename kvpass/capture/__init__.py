@@ -1,7 +1,7 @@
 """Capture: a Hugging Face folder, a hub id or any `nn.Module` -> a verified `Program` with canonical attention.
 
-`capture` is the one entry. It tries the ways there are (the attention interface of transformers, then the family's eager
-attention) and accepts the first in which every layer's attention was found and proved.
+`capture` is the one entry. It tries the ways there are (the attention interface of transformers, then the family's
+eager attention) and accepts the first in which every layer's attention was found and proved.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvpass.capture import huggingface
-from kvpass.capture.raise_attention import raise_attention
 from kvpass.capture.module import trace
+from kvpass.capture.raise_attention import raise_attention
 from kvpass.errors import CaptureError, KvpassError, SourceError
 from kvpass.ir.program import ModelFacts, Program, Weight, merge_equal, output_node
 from kvpass.ir.storage import SafetensorsStore

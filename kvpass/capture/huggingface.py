@@ -1,9 +1,9 @@
 """Hugging Face decoders: a folder, a hub id or a model object -> a module whose attention calls the dialect's op.
 
-transformers lets a library register an attention function and a mask function. Ours emit `kvpass::attention` with a mask
-built by the model's own mask code, as a subgraph that is proved afterwards like any other (`kvpass.capture.probe`).
-Families without that interface are captured with their eager attention and raised from there. The model is built with
-fake parameters and real buffers, so a 70B model costs no more than its layers' Python objects.
+transformers lets a library register an attention function and a mask function. Ours emit `kvpass::attention` with a
+mask built by the model's own mask code, as a subgraph that is proved afterwards like any other
+(`kvpass.capture.probe`). Families without that interface are captured with their eager attention and raised from there.
+The model is built with fake parameters and real buffers, so a 70B model costs no more than its layers' Python objects.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that capture registers with transformers; layout as transformers wants it back: [B,S,H,Dv]."""
+    """The attention function that capture registers with transformers; layout as transformers wants it back:
+    [B,S,H,Dv]."""
     for name, given in kwargs.items():
         if name not in _IGNORED_ARGUMENTS and given is not None and not isinstance(given, bool):
             raise CaptureError(
@@ -48,9 +49,7 @@ def _attention(
                 fix="capture it with attn_implementation='eager'",
             )
     if attention_mask is None and not kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        raise CaptureError(
-            f"{type(module).__name__} attends in both directions", fix="kvpass needs a causal decoder"
-        )
+        raise CaptureError(f"{type(module).__name__} attends in both directions", fix="kvpass needs a causal decoder")
     out = torch.ops.kvpass.attention(
         query,
         key,
@@ -67,7 +66,8 @@ def _attention(
 
 
 def _mask(*args: Any, allow_is_causal_skip: bool = True, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """The mask function: the model's own mask, always as a boolean tensor. The capture has no padding, so none enters."""
+    """The mask function: the model's own mask, always as a boolean tensor. The capture has no padding, so none
+    enters."""
     from transformers.masking_utils import sdpa_mask
 
     kwargs.pop("allow_is_bidirectional_skip", None)
@@ -163,13 +163,14 @@ def check_decoder(config: Any) -> None:
             fix="give a decoder-only causal language model",
         )
     names = getattr(config, "architectures", None) or []
-    if names and not any("CausalLM" in n or "LMHead" in n or "ForConditionalGeneration" in n for n in names):
-        if all("Masked" in n or n.endswith("Model") or "Classification" in n or "Encoder" in n for n in names):
-            raise CaptureError(
-                f"{names[0]} is not a causal language model",
-                where="config.json: architectures",
-                fix="give a decoder-only causal language model, with its language-model head",
-            )
+    decodes = any("CausalLM" in n or "LMHead" in n or "ForConditionalGeneration" in n for n in names)
+    other = all("Masked" in n or n.endswith("Model") or "Classification" in n or "Encoder" in n for n in names)
+    if names and not decodes and other:
+        raise CaptureError(
+            f"{names[0]} is not a causal language model",
+            where="config.json: architectures",
+            fix="give a decoder-only causal language model, with its language-model head",
+        )
 
 
 def _has_experts(config: Any) -> bool:
@@ -178,7 +179,5 @@ def _has_experts(config: Any) -> bool:
 
 def call(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Logits of a Hugging Face model without cache; the attention mask of ones says that nothing is padded."""
-    logits: Tensor = model(
-        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-    ).logits
+    logits: Tensor = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     return logits

@@ -1,7 +1,7 @@
 """From an `nn.Module` that maps token ids to logits to a plain graph: torch.export, then a tidy copy.
 
-The copy has one input, `input_ids` [B, S], and no guards, assertions, gradient scopes, dropout or casts that do nothing.
-The weights are not touched: a module whose parameters are fake tensors is as good as one with numbers in it.
+The copy has one input, `input_ids` [B, S], and no guards, assertions, gradient scopes, dropout or casts that do
+nothing. The weights are not touched: a module whose parameters are fake tensors is as good as one with numbers in it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def trace(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
-                wrapped, (ids,), strict=False, dynamic_shapes=({0: auto, 1: auto},), prefer_deferred_runtime_asserts_over_guards=True
+                wrapped,
+                (ids,),
+                strict=False,
+                dynamic_shapes=({0: auto, 1: auto},),
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
     except CaptureError:
         raise
@@ -211,7 +215,13 @@ def _does_nothing(node: fx.Node) -> fx.Node | None:
         return None
     if target is aten.dropout.default and not args[2]:
         return first
-    if target in (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.alias.default, aten.detach.default, aten.detach_.default):
+    if target in (
+        aten.lift_fresh_copy.default,
+        aten.lift_fresh.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.detach_.default,
+    ):
         return first
     if target is aten.slice.Tensor:
         start, stop, step = (list(args[2:5]) + [None, None, 1])[:3] if len(args) > 2 else (None, None, 1)

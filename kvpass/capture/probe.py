@@ -1,9 +1,9 @@
 """Masks by execution: what a mask subgraph computes, fitted to a closed algebra.
 
-A mask (or the part of eager attention between the score product and the softmax) is run at several lengths and at chosen
-positions, and the result is fitted to {causal, strict, window w, sinks, ALiBi slopes}. Where nothing fits but the mask
-still only looks back and depends on nothing but positions, it is `tabulated`: kept as it is, usable by the cache, unknown
-to passes that need its meaning. Everything else is refused: looking ahead, depending on tokens, learned.
+A mask (or the part of eager attention between the score product and the softmax) is run at several lengths and at
+chosen positions, and the result is fitted to {causal, strict, window w, sinks, ALiBi slopes}. Where nothing fits but
+the mask still only looks back and depends on nothing but positions, it is `tabulated`: kept as it is, usable by the
+cache, unknown to passes that need its meaning. Everything else is refused: looking ahead, depending on tokens, learned.
 """
 
 from __future__ import annotations
@@ -50,12 +50,15 @@ class Mask:
 
 
 BiasAt = Callable[[int, "dict[fx.Node, Tensor]"], Tensor]
-"""The bias [B|1, H|1, S, S] added to the scores at a length, with some nodes' values replaced; hidden keys below MASKED."""
+"""The bias [B|1, H|1, S, S] added to the scores at a length, with some nodes' values replaced; hidden keys below
+MASKED."""
 
 
 def as_bias(value: Tensor) -> Tensor:
     """A mask tensor as an additive bias in float64, 4 axes."""
-    value = value.double().masked_fill(value, 0.0).masked_fill(~value, -torch.inf) if value.dtype == torch.bool else value
+    value = (
+        value.double().masked_fill(value, 0.0).masked_fill(~value, -torch.inf) if value.dtype == torch.bool else value
+    )
     value = value.double()
     while value.dim() < 4:
         value = value.unsqueeze(0)
@@ -88,7 +91,7 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
             where=where,
             fix="kvpass rewrites causal decoders; a bidirectional or prefix mask cannot be cached token by token",
         )
-    slopes, rest = _alibi(longest, hidden)
+    slopes, _ = _alibi(longest, hidden)
     if slopes is None:
         return _tabulate(dense, "the bias added to the scores is not ALiBi", where)
     if bool((hidden != hidden[:1]).any()):
@@ -107,7 +110,9 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
         seen = shown >= MASKED
         candidates = [(window, sinks)]
         if not window:
-            candidates += [(n + d, s) for n in numbers for d in (0, 1, -1) for s in [0, *(m for m in numbers if m <= 64)]]
+            candidates += [
+                (n + d, s) for n in numbers for d in (0, 1, -1) for s in [0, *(m for m in numbers if m <= 64)]
+            ]
         found = next((c for c in candidates if torch.equal(_predicate(positions, strict, *c), seen)), None)
         if found is None:
             return _tabulate(dense, "its pattern changes with the length", where)
@@ -118,7 +123,9 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     for length, bias in dense.items():
         cut = longest[:, :length, :length]
         if not torch.equal(bias[0] < MASKED, cut < MASKED):
-            raise CaptureError(f"the mask of layer {layer} at length {length} is no part of the one at {size}", where=where)
+            raise CaptureError(
+                f"the mask of layer {layer} at length {length} is no part of the one at {size}", where=where
+            )
     return Mask(strict, window, sinks, slopes, tested=tested)
 
 
@@ -130,14 +137,15 @@ def _tabulate(dense: dict[int, Tensor], reason: str, where: str) -> Mask:
         same = (part == bias) | ((part < MASKED) & (bias < MASKED))
         if not bool(same.all()):
             raise CaptureError(
-                f"the attention mask is not understood ({reason}) and depends on the length of the sequence", where=where
+                f"the attention mask is not understood ({reason}) and depends on the length of the sequence",
+                where=where,
             )
     return Mask(tabulated=reason, tested=_LENGTHS[-1])
 
 
 def _alibi(bias: Tensor, hidden: Tensor) -> tuple[tuple[float, ...] | None, Tensor]:
     """ALiBi slopes per head, () for no bias, None when the visible bias is something else; and the bias without it."""
-    heads, size, _ = bias.shape
+    heads = bias.shape[0]
     visible = torch.where(hidden, torch.zeros_like(bias), bias)
     if not bool(visible.abs().max() > 0):
         return (), visible

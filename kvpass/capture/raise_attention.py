@@ -8,6 +8,8 @@ softmax and the second product to see that it changes nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -84,7 +86,7 @@ def _apply(program: Program, node: fx.Node, mask: Mask, keep: fx.Node | None) ->
 def _raise_sdpa(program: Program, node: fx.Node) -> None:
     """`scaled_dot_product_attention` -> the canonical op, its mask still a tensor."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     finder = SiteFinder(program)
     q, k, v = given["query"], given["key"], given["value"]
     for operand in (q, k, v):
@@ -127,8 +129,8 @@ def _expand_einsum(program: Program, node: fx.Node) -> None:
     left_order = [a.index(c) for c in (*batch, *rows, *summed)]
     right_order = [b.index(c) for c in (*batch, *summed, *columns)]
     out_order = [[*batch, *rows, *columns].index(c) for c in result]
-    x: fx.Node = operands[0]
-    y: fx.Node = operands[1]
+    x, y = operands
+    assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
     if left_order != [0, 1, 2, 3]:
         x = insert_call(graph, node, aten.permute.default, x, left_order)
     if right_order != [0, 1, 2, 3]:
@@ -312,7 +314,7 @@ def _score_function(scores, q: Tensor, k: Tensor, resting: Tensor, where: str) -
         raise CaptureError(
             "the function between the attention scores and their softmax is neither a scale nor a soft-cap",
             where=where,
-            fix="kvpass understands softmax(scale * q.k), softmax(cap * tanh(scale * q.k / cap)) and masks or ALiBi on top",
+            fix="kvpass understands softmax(scale * q.k) and softmax(cap * tanh(scale * q.k / cap)), masked or with ALiBi",
         )
     return _round(slope), _round(softcap)
 
@@ -383,7 +385,9 @@ def _after(node: fx.Node, target: object, *args: object) -> fx.Node:
 def _mask_node(finder: SiteFinder, scored: fx.Node, score: fx.Node, mask: Mask, where: str) -> fx.Node:
     """The one tensor that carries a tabulated mask into the scores."""
     sources = [
-        s for s in _bias_sources(finder, scored, score, None) if finder.roles[s] == Role.POSITION and finder.shapes[s].dim() >= 2
+        s
+        for s in _bias_sources(finder, scored, score, None)
+        if finder.roles[s] == Role.POSITION and finder.shapes[s].dim() >= 2
     ]
     if len(sources) == 1 and finder.shapes[sources[0]].dtype.is_floating_point:
         return sources[0]

@@ -37,8 +37,8 @@ def verify(program: Program, after: str) -> None:
     """Check a program's structure.
 
     Every node is used, defined before it is used, and calls an op of ATen, the dialect or integer arithmetic; every
-    weight named exists with the shape declared; the graph runs on the meta device for several batches and lengths; logits
-    keep their shape; attention sites are numbered in order and their heads divide.
+    weight named exists with the shape declared; the graph runs on the meta device for several batches and lengths;
+    logits keep their shape; attention sites are numbered in order and their heads divide.
 
     Raises:
         CheckError: naming the pass and the node.
@@ -77,7 +77,7 @@ def verify(program: Program, after: str) -> None:
         wanted = (batch, length, program.facts.vocab_size)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
             raise CheckError(f"after {after}, the logits have shape {tuple(logits.shape)} instead of {wanted}")
-    layers = [int(n.kwargs["layer"]) for n in graph.nodes if n.op == "call_function" and n.target is ATTENTION]  # type: ignore[arg-type]
+    layers = [int(n.kwargs["layer"]) for n in graph.nodes if n.op == "call_function" and n.target is ATTENTION]
     if layers != list(range(program.facts.layers)):
         raise CheckError(f"after {after}, attention sites are numbered {layers} in a model of {program.facts.layers}")
     for site in SiteFinder(program):

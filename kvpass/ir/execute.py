@@ -1,7 +1,7 @@
 """Running parts of a graph: the workhorse behind every proof, fold and check.
 
-`evaluate` computes chosen nodes of a graph from given values, touching nothing else. Probes use it to ask a subgraph what
-it does; folding uses it to turn a weight expression into a tensor; shape analysis runs it on the meta device.
+`evaluate` computes chosen nodes of a graph from given values, touching nothing else. Probes use it to ask a subgraph
+what it does; folding uses it to turn a weight expression into a tensor; shape analysis runs it on the meta device.
 """
 
 from __future__ import annotations

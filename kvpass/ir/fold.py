@@ -11,8 +11,8 @@ from kvpass.ir.program import Program, Role, Weight, roles, sweep
 def fold_weights(program: Program) -> Program:
     """A copy of the program in which every expression over weights alone is one named weight.
 
-    Nothing is computed here: the new weights read their originals and run their expression each time they are read, so a
-    checkpoint larger than memory converts tensor by tensor.
+    Nothing is computed here: the new weights read their originals and run their expression each time they are read, so
+    a checkpoint larger than memory converts tensor by tensor.
     """
     folded = program.copy()
     graph = folded.forward

@@ -125,7 +125,7 @@ def _attend_positions(
         else:
             assert isinstance(first, Tensor)
             query_pos = (first.view(-1, 1) + rows).view(-1, 1, stop - start, 1)
-        one_new_token = uniform and length == 1 and keys == first + 1  # type: ignore[operator]
+        one_new_token = uniform and length == 1 and keys == first + 1
         seen = visible(
             query_pos,
             key_pos,
@@ -287,9 +287,7 @@ def attention(
 
 
 @attention.register_fake
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any
-) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
@@ -302,7 +300,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: d
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     with torch.enable_grad():
-        inputs = [
+        inputs: list[Any] = [
             t.detach().requires_grad_(need) if t is not None else None
             for t, need in zip(saved, ctx.needed, strict=True)
         ]

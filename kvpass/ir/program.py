@@ -205,9 +205,7 @@ def roles(graph: fx.Graph) -> dict[fx.Node, Role]:
     return known
 
 
-def insert_call(
-    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
-) -> fx.Node:
+def insert_call(graph: fx.Graph, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A call placed before a node."""
     with graph.inserting_before(before):
         return graph.call_function(target, args, kwargs)
@@ -216,7 +214,8 @@ def insert_call(
 def clone_into(
     graph: fx.Graph, nodes: list[fx.Node], mapping: dict[fx.Node, Any], before: fx.Node
 ) -> dict[fx.Node, Any]:
-    """Copies of `nodes` (in order) before `before`, with their inputs replaced by `mapping`; returns the mapping grown."""
+    """Copies of `nodes` (in order) before `before`, with their inputs replaced by `mapping`; returns the mapping
+    grown."""
     with graph.inserting_before(before):
         for node in nodes:
             if node not in mapping:
@@ -234,7 +233,9 @@ def sweep(graph: fx.Graph) -> int:
     return gone
 
 
-def to_module(program: Program, entry: str, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> fx.GraphModule:
+def to_module(
+    program: Program, entry: str, tensors: Mapping[str, Tensor], device: torch.device | None = None
+) -> fx.GraphModule:
     """A callable module for one entry, with dialect ops replaced by what computes them on this machine."""
     from kvpass.ir.ops import REFERENCES
 
@@ -314,7 +315,7 @@ def merge_equal(graph: fx.Graph) -> int:
     seen: dict[object, fx.Node] = {}
     gone = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or role[node] == Role.DATA and node.target not in SHAPE_ONLY_READERS:
+        if node.op != "call_function" or (role[node] == Role.DATA and node.target not in SHAPE_ONLY_READERS):
             continue
         try:
             key = (node.target, _frozen(node.args), _frozen(node.kwargs))

@@ -1,4 +1,5 @@
-"""Graphs as JSON and back. Only ops of ATen, the dialect and named integer functions are ever resolved: no code is read."""
+"""Graphs as JSON and back. Only ops of ATen, the dialect and named integer functions are ever resolved: no code is
+read."""
 
 from __future__ import annotations
 
@@ -16,7 +17,23 @@ from kvpass.ir.check import NAMESPACES
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{
         name: getattr(operator, name)
-        for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "pow", "truediv", "getitem", "lt", "le", "gt", "ge", "eq", "ne")
+        for name in (
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "mod",
+            "neg",
+            "pow",
+            "truediv",
+            "getitem",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "eq",
+            "ne",
+        )
     },
     **{name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")},
     "ceil": math.ceil,
@@ -101,9 +118,7 @@ def _resolve(name: str, where: str) -> Callable[..., Any]:
     if namespace in NAMESPACES and packet.isidentifier() and overload.isidentifier():
         if namespace == "transformers":
             import transformers.integrations.moe  # noqa: F401  (registers its ops)
-        found: Callable[..., Any] | None = getattr(
-            getattr(getattr(torch.ops, namespace), packet, None), overload, None
-        )
+        found: Callable[..., Any] | None = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
         if found is not None:
             return found
     raise SourceError(

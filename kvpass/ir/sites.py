@@ -469,9 +469,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
 
 
 def _antisymmetric(block: Tensor, i: int, partners: list[int]) -> bool:
-    return any(
-        abs(float(block[i, j] + block[j, i])) < 1e-3 * abs(float(block[i, j])) for j in partners
-    )
+    return any(abs(float(block[i, j] + block[j, i])) < 1e-3 * abs(float(block[i, j])) for j in partners)
 
 
 @dataclass(frozen=True, eq=False)
@@ -588,11 +586,15 @@ def _find_output(site: AttentionSite) -> OutputProjection:
     code = torch.arange(_BATCH * heads * _LENGTH * dim, dtype=torch.float64).view(_BATCH, heads, _LENGTH, dim)
     value = finder.run([projection.x], {site.node: code}, _BATCH, _LENGTH)[0].double().reshape(_BATCH, _LENGTH, -1)
     channel = (
-        torch.arange(heads).view(1, 1, -1, 1) * _LENGTH * dim
-        + torch.arange(dim).view(1, 1, 1, -1)
-        + dim * torch.arange(_LENGTH).view(1, -1, 1, 1)
-        + heads * _LENGTH * dim * torch.arange(_BATCH).view(-1, 1, 1, 1)
-    ).double().flatten(2)  # [B, S, H*Dv]: the code of each (head, channel)
+        (
+            torch.arange(heads).view(1, 1, -1, 1) * _LENGTH * dim
+            + torch.arange(dim).view(1, 1, 1, -1)
+            + dim * torch.arange(_LENGTH).view(1, -1, 1, 1)
+            + heads * _LENGTH * dim * torch.arange(_BATCH).view(-1, 1, 1, 1)
+        )
+        .double()
+        .flatten(2)
+    )  # [B, S, H*Dv]: the code of each (head, channel)
     order = value[0, 0].argsort()
     if value.shape != channel.shape or not torch.equal(value[..., order], channel):
         raise Refusal("the attention output is changed (a norm, a gate) before its output projection", projection.node)

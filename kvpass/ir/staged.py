@@ -1,8 +1,8 @@
 """Running a graph over many batches stage by stage, holding only what later stages read.
 
-Layer-by-layer methods (calibration, refits, distillation) need the inner values of one layer for all batches, then those
-of the next. A `Staged` keeps one environment per batch, frees each value after its last reader, and reads each weight
-when a stage needs it, so neither all activations nor all weights are ever in memory together.
+Layer-by-layer methods (calibration, refits, distillation) need the inner values of one layer for all batches, then
+those of the next. A `Staged` keeps one environment per batch, frees each value after its last reader, and reads each
+weight when a stage needs it, so neither all activations nor all weights are ever in memory together.
 """
 
 from __future__ import annotations
@@ -59,15 +59,19 @@ class Staged:
         members = set(todo)
         border = {s for n in todo for s in n.all_input_nodes if self.roles[s] != Role.DATA}
         shared = self.constants(in_order(border))
-        self.done |= members
         keep = set(targets)
+        last: dict[fx.Node, list[fx.Node]] = {}  # what can go once a node was computed
+        order = {n: i for i, n in enumerate(todo)}
+        for source in {s for n in todo for s in n.all_input_nodes} - keep:
+            if all(u in self.done or u in members for u in source.users):
+                last.setdefault(max((u for u in source.users if u in members), key=order.__getitem__), []).append(source)
         with torch.no_grad():
             for environment in self.environments:
                 for node in todo:
                     environment[node] = call(node, environment, shared, self.device)
-                    for source in node.all_input_nodes:
-                        if source in environment and source not in keep and all(u in self.done for u in source.users):
-                            environment.pop(source, None)
+                    for source in last.get(node, ()):
+                        environment.pop(source, None)
+        self.done |= members
 
     def values(self, node: fx.Node) -> list[Any]:
         """A node's value per batch, after `advance` reached it and while something still reads it."""

@@ -51,7 +51,8 @@ class Executor(nn.Module):
     # ------------------------------------------------------------------ with a cache
 
     def step(self, input_ids: Tensor, state: State, last: Tensor | None) -> Tensor:
-        """Run S tokens per row through the cache without advancing the lengths; logits [B, S, V], or [B, 1, V] of `last`."""
+        """Run S tokens per row through the cache without advancing the lengths; logits [B, S, V], or [B, 1, V] of
+        `last`."""
         count = int(input_ids.shape[1])
         end = state.max_length + count
         state.reserve(end)

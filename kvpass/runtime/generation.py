@@ -33,7 +33,7 @@ class StateCache:
         self.state.select(beam_idx.to(self.state.lengths.device))
 
 
-class DecoderForGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DecoderForGeneration(PreTrainedModel, GenerationMixin):
     """The face that `generate` wants: padded prompts in, last logits out."""
 
     config_class = PretrainedConfig

@@ -145,7 +145,9 @@ class Transformed(nn.Module):
         """Canonical text of a graph; stable across runs and processes."""
         program = self.program if entry == "forward" else self.executor.program
         if entry not in program.entries:
-            raise RequestError(f"there is no entry {entry!r}", fix=f"choose from {sorted(self.executor.program.entries)}")
+            raise RequestError(
+                f"there is no entry {entry!r}", fix=f"choose from {sorted(self.executor.program.entries)}"
+            )
         return graph_text(program, entry)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
