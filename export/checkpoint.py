@@ -48,7 +48,7 @@ def save_pretrained(program: Program, folder: Path, *, overwrite: bool, report: 
     """
     config = target_config(program)
     target = _capture_target(config, program)
-    source = fold_weights(program)
+    source = fold_weights(program, everything=False)
     makers = assignments(source, target)
     dtype = program.facts.stored_dtype or program.facts.dtype
     names = sorted(makers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ COPIED = (
 
 def save(model: Transformed, folder: Path, *, overwrite: bool) -> Path:
     """Write a transformed model; the folder appears whole or not at all."""
-    program = fold_weights(model.program)
+    program = fold_weights(model.program, everything=False)
     facts = asdict(program.facts)
     facts |= {"dtype": _name(program.facts.dtype), "stored_dtype": _name(program.facts.stored_dtype), "folder": None}
     used = sorted(program.used_weights())
@@ -47,6 +46,7 @@ def save(model: Transformed, folder: Path, *, overwrite: bool) -> Path:
         "format": FORMAT,
         "facts": facts,
         "graph": graph_to_json(program.forward),
+        "complex": [n for n in used if program.weights[n].dtype.is_complex],
         "constants": [n for n in used if program.weights[n].constant],
         "ensured": sorted(program.ensured),
         "recipe": model.recipe.dump(),
@@ -55,9 +55,10 @@ def save(model: Transformed, folder: Path, *, overwrite: bool) -> Path:
     with output_folder(folder, overwrite=overwrite) as partial:
         (partial / MARKER).write_text(json.dumps(document, indent=1), encoding="utf-8")
         writer = StreamWriter(partial)
-        writer.plan([(n, program.weights[n].shape, program.weights[n].dtype) for n in used])
+        writer.plan([_stored(n, program.weights[n]) for n in used])
         for name in used:
-            writer.write(name, program.read(name))
+            value = program.read(name)
+            writer.write(name, torch.view_as_real(value) if value.is_complex() else value)
         writer.close()
         copy_companions(program.facts.folder, partial)
     return folder
@@ -97,9 +98,8 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Tra
     facts |= {"dtype": _dtype(facts["dtype"]), "stored_dtype": _dtype(facts["stored_dtype"]), "folder": str(path)}
     store = SafetensorsStore(path)
     constants = set(document["constants"])
-    weights = {
-        n: Weight(tuple(store.shape(n)), store.dtype(n), _reader(store, n), n in constants) for n in store.names()
-    }
+    pairs = set(document["complex"])
+    weights = {n: _weight(store, n, n in constants, n in pairs) for n in store.names()}
     graph = graph_from_json(document["graph"], str(marker))
     program = Program({"forward": graph}, weights, ModelFacts(**facts), set(document["ensured"]))
     for name in program.used_weights():
@@ -123,8 +123,18 @@ def copy_companions(source: str | None, target: Path) -> None:
             (target / name).write_bytes((folder / name).read_bytes())
 
 
-def _reader(store: SafetensorsStore, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: store.load(name)
+def _stored(name: str, weight: Weight) -> tuple[str, tuple[int, ...], torch.dtype]:
+    """How a weight is stored: safetensors has no complex numbers, so those are pairs."""
+    if weight.dtype.is_complex:
+        return name, (*weight.shape, 2), weight.dtype.to_real()
+    return name, weight.shape, weight.dtype
+
+
+def _weight(store: SafetensorsStore, name: str, constant: bool, pairs: bool) -> Weight:
+    shape, dtype = tuple(store.shape(name)), store.dtype(name)
+    if pairs:
+        return Weight(shape[:-1], dtype.to_complex(), lambda: torch.view_as_complex(store.load(name)), constant)
+    return Weight(shape, dtype, lambda: store.load(name), constant)
 
 
 def _name(dtype: torch.dtype | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,22 +12,23 @@ import torch
 
 from kvpass.calibration import Calibration, token_stream, windows
 from kvpass.capture import Source, capture
-from kvpass.errors import RequestError
+from kvpass.errors import RequestError, UnsupportedError
 from kvpass.ir.check import plan_of
 from kvpass.ir.check import verify as verify_program
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.sites import Refusal, SiteFinder
-from kvpass.manager import Verify, make_plan, run
+from kvpass.manager import FAST_BYTES, Verify, make_plan, run
 from kvpass.passes.base import Context, Pass
 from kvpass.recipe import Recipe
 from kvpass.runtime.transformed import Transformed
+from kvpass.verification import check_cache, check_tokens_apart
 
 RecipeLike = Recipe | str | Path | Pass | Iterable[Pass] | None
 
 
 def transform(
-    source: Source,
+    source: Source | Transformed,
     recipe: RecipeLike = None,
     *,
     calibration: Calibration | None = None,
@@ -41,7 +42,8 @@ def transform(
     """Rewrite a model.
 
     Args:
-        source: a folder or hub id of a Hugging Face model, or an `nn.Module` that maps input_ids [B, S] to logits.
+        source: a folder or hub id of a Hugging Face model, an `nn.Module` that maps input_ids [B, S] to logits, or what
+            an earlier `transform` gave.
         recipe: passes, a `Recipe`, or the path of a TOML file; nothing gives the model as it is, with kvpass's cache.
         calibration: a text file, strings, or token-id tensors; needed by what is fitted, used by what can be.
         verify: "off", "fast" (bounded: structure always, numbers for models under 1 GB) or "full".
@@ -59,7 +61,8 @@ def transform(
     steps = Recipe.of(recipe).passes
     place = choose_device(device)
     compute = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else None)
-    program = capture(source, compute)
+    earlier = source.recipe.passes if isinstance(source, Transformed) else ()
+    program = source.program if isinstance(source, Transformed) else capture(source, compute)
     make_plan(program, steps)
     batches = []
     if calibration is not None:
@@ -69,8 +72,23 @@ def transform(
         context = Context(batches=batches, device=place, seed=seed, progress=show)
         if verify != "off":
             verify_program(program, "capture")
+        numbers = verify == "full" or (verify == "fast" and program.parameter_bytes() <= FAST_BYTES)
+        if numbers:
+            check_tokens_apart(program, place)
         rewritten, report = run(program, steps, context, verify)
-        return Transformed(rewritten, report, place, Recipe(steps), original=program)
+        model = Transformed(rewritten, report, place, Recipe((*earlier, *steps)), original=program)
+        if numbers:
+            report.notes.append(_cache_note(model, seed))
+        return model
+
+
+def _cache_note(model: Transformed, seed: int) -> str:
+    """What was shown of the cache; a model that cannot have one here may still be saved as a checkpoint."""
+    try:
+        _ = model.executor
+    except UnsupportedError as error:
+        return f"kvpass cannot run this model with a cache: {error.what}"
+    return check_cache(model, seed=seed)
 
 
 def plan(source: Source, recipe: RecipeLike = None) -> CachePlan:
@@ -123,7 +141,14 @@ def inspect(source: Source) -> ModelSummary:
     Raises:
         CaptureError: it is not a causal decoder that kvpass understands.
     """
-    return summarize(capture(source, weights=isinstance(source, torch.nn.Module)))
+    if isinstance(source, torch.nn.Module):
+        return summarize(capture(source))
+    # in float32, for proofs finer than bfloat16 resolves; the figures are those of the checkpoint's own dtype
+    program = capture(source, torch.float32, weights=False)
+    found = summarize(program)
+    stored = program.facts.stored_dtype or torch.float32
+    cache = tuple(replace(c, dtype=stored if c.dtype == torch.float32 else c.dtype) for c in found.plan)
+    return replace(found, plan=CachePlan(cache), parameter_bytes=found.parameters * stored.itemsize)
 
 
 def summarize(program: Program) -> ModelSummary:

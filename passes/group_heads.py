@@ -457,7 +457,7 @@ def _basis(site: AttentionSite) -> KeyBasis:
         other, other_norm = query.rotary, query.norm
         site.path("v")
         if not site.path("v").norm.linear:
-            raise Refusal("its values are normalised before attention", site.v)
+            raise Refusal("its values pass through a norm or a clamp before attention", site.v)
         if not norm.per_head:
             raise Refusal("its keys are normalised over all heads together, so fewer heads change the norm", site.k)
         if not other_norm.per_head:

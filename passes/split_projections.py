@@ -200,6 +200,11 @@ def _adapt_heads(
             head_axis[node] = axis_in
             return
         raise Refusal("a number is computed from the operand", node)
+    if isinstance(shape_in, list | tuple):  # one part of a split
+        if value.shape[axis_in] != old:
+            raise Refusal("heads are split apart between the projection and attention", node)
+        head_axis[node] = axis_in
+        return
     shape_out = list(value.shape)
     lead = _product(shape_in.shape[:axis_in])
     axis_out = next(

@@ -8,25 +8,39 @@ from kvpass.ir.execute import ancestors, evaluate
 from kvpass.ir.program import Program, Role, Weight, roles, sweep
 
 
-def fold_weights(program: Program) -> Program:
+def fold_weights(program: Program, *, everything: bool = True) -> Program:
     """A copy of the program in which every expression over weights alone is one named weight.
 
     Nothing is computed here: the new weights read their originals and run their expression each time they are read, so
     a checkpoint larger than memory converts tensor by tensor.
+
+    Args:
+        program: not changed.
+        everything: False leaves the model's own expressions (a norm's 1 + weight, a transposed matrix) and folds those
+            that a pass made, so that the parameters keep the names and shapes that the model's family gave them.
     """
     folded = program.copy()
     graph = folded.forward
     role = roles(graph)
     shapes = folded.shapes()
-    names: dict[fx.Node, str] = {}
-    for node in list(graph.nodes):
+    chosen = []
+    for node in graph.nodes:
         if node.op != "call_function" or role[node] != Role.WEIGHT:
             continue
         if all(role[u] == Role.WEIGHT for u in node.users if u.op != "output"):
             continue
-        name = _expression_name(node, folded)
-        names[node] = name
-        folded.weights[name] = _lazy(folded, node, shapes[node])
+        if everything or any("weight_name" in n.meta for n in ancestors([node])):
+            chosen.append(node)
+    originals = dict(folded.weights)
+    inside = set(chosen)
+    for node in reversed(list(graph.nodes)):  # what nothing but the chosen expressions reads
+        if role[node] == Role.WEIGHT and node.users and all(u in inside for u in node.users):
+            inside.add(node)
+    taken = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n not in inside}
+    for node in chosen:
+        name = _expression_name(node, taken)
+        taken.add(name)
+        folded.weights[name] = _lazy(originals, node, shapes[node])
         with graph.inserting_before(node):
             replacement = graph.get_attr(name)
         node.replace_all_uses_with(replacement, delete_user_cb=lambda user: role.get(user) != Role.WEIGHT)
@@ -37,9 +51,7 @@ def fold_weights(program: Program) -> Program:
     return kept
 
 
-def _lazy(program: Program, node: fx.Node, example: Tensor) -> Weight:
-    originals = dict(program.weights)
-
+def _lazy(originals: dict[str, Weight], node: fx.Node, example: Tensor) -> Weight:
     def read() -> Tensor:
         def weight(name: str) -> Tensor:
             found = originals[name]
@@ -49,20 +61,17 @@ def _lazy(program: Program, node: fx.Node, example: Tensor) -> Weight:
         value: Tensor = evaluate([node], {}, weight)[0]
         return value.contiguous()
 
-    return Weight(tuple(example.shape), example.dtype, read, _is_constant(program, node))
+    constant = all(originals[str(n.target)].constant for n in ancestors([node]) if n.op == "get_attr")
+    return Weight(tuple(example.shape), example.dtype, read, constant)
 
 
-def _is_constant(program: Program, node: fx.Node) -> bool:
-    return all(program.weights[str(n.target)].constant for n in ancestors([node]) if n.op == "get_attr")
-
-
-def _expression_name(node: fx.Node, program: Program) -> str:
+def _expression_name(node: fx.Node, taken: set[str]) -> str:
     """A stable name: the parameter it is mostly made of, and what makes it."""
     base = node.meta.get("weight_name")
     if base is None:
         sources = [str(n.target) for n in sorted(ancestors([node])) if n.op == "get_attr"]
         base = f"{sources[0]}.folded" if sources else f"constant.{node.name}"
     name, count = base, 1
-    while name in program.weights:
+    while name in taken:
         name, count = f"{base}.{count}", count + 1
-    return name
+    return str(name)

@@ -449,8 +449,13 @@ class Path:
             + count * _LENGTH * torch.arange(_BATCH).view(-1, 1, 1, 1)
         ).double()  # [B, S, Hx, D]
         best: tuple[fx.Node, tuple[int, ...]] | None = None
+        roles = self.finder.roles
+        moved: set[fx.Node] = set()  # what positions may change, at lengths beyond this probe too
+        for node in self.nodes:
+            if any(n in moved or roles[n] == Role.POSITION for n in node.all_input_nodes):
+                moved.add(node)
         for node, value in zip(self.cuts, values, strict=True):
-            if not isinstance(value, Tensor) or value.numel() != wanted.numel():
+            if node in moved or not isinstance(value, Tensor) or value.numel() != wanted.numel():
                 continue
             if value.dim() == 3 and torch.equal(value, wanted.flatten(2)):
                 best = (node, ())

@@ -32,12 +32,12 @@ class HuggingFaceState:
 
     Attributes:
         cache: the model's own cache object.
-        lengths: [B] tokens per row.
+        lengths: tokens per row, B of them.
         mask: [B, T] which columns of the cache hold tokens; None when all do.
     """
 
     cache: Any
-    lengths: Tensor
+    lengths: list[int]
     mask: Tensor | None
 
     def used_bytes(self) -> int:
@@ -112,18 +112,18 @@ class HuggingFaceModel:
             mask = column >= shift
             ids = ids.gather(1, (column - shift).clamp_min(0))
         logits, cache = self._run(ids, None, mask, last_only=True)
-        return logits[:, -1], HuggingFaceState(cache, counts, mask)
+        return logits[:, -1], HuggingFaceState(cache, counts.tolist(), mask)
 
     def decode(self, input_ids: Tensor, state: HuggingFaceState) -> Tensor:
         """Logits [B, S, V] of S >= 1 more tokens [B, S] per row; `state` is updated in place."""
         ids = self._ids(input_ids)
         batch, count = ids.shape
-        if batch != state.lengths.shape[0]:
-            raise RequestError(f"{batch} rows were given to a state of {state.lengths.shape[0]}")
+        if batch != len(state.lengths):
+            raise RequestError(f"{batch} rows were given to a state of {len(state.lengths)}")
         if state.mask is not None:
             state.mask = torch.cat([state.mask, state.mask.new_ones(batch, count)], dim=1)
         logits, state.cache = self._run(ids, state.cache, state.mask)
-        state.lengths = state.lengths + count
+        state.lengths = [held + count for held in state.lengths]
         return logits
 
     def _run(self, ids: Tensor, cache: Any, mask: Tensor | None, *, last_only: bool = False) -> tuple[Tensor, Any]:
@@ -171,7 +171,10 @@ class HuggingFaceModel:
 
 def _load(source: str, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     except (OSError, ValueError, KeyError) as error:
@@ -180,6 +183,9 @@ def _load(source: str, dtype: torch.dtype | str) -> Any:
             where=source,
             fix="give the folder of a Hugging Face model, with config.json and its weights",
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------- cache bytes

@@ -1,0 +1,188 @@
+"""What must hold of every decoder, measured: used by the tests, and by the table of families in the docs.
+
+Each property gives a `Cell`: the largest error relative to the spread of the logits, or the reason of a refusal.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import kvpass
+from kvpass.errors import UnsupportedError
+from kvpass.ir.check import compare
+from kvpass.ir.execute import evaluate
+from kvpass.ir.program import Program, output_node, placeholder
+from kvpass.passes import GroupHeads, SplitProjections
+from kvpass.runtime.transformed import Transformed
+
+TOLERANCE = 1e-5
+PROPERTIES = {
+    "captured": "every attention site found, identity recipe bit-identical to the captured graph, logits of the original",
+    "decode": "prefill + decode = forward",
+    "ragged": "rows of different lengths in one batch = the rows alone",
+    "split": "SplitProjections",
+    "grouped": "GroupHeads to half the KV heads: symmetries hold, prefill + decode = forward",
+    "saved": "save and load, bit-identical",
+    "checkpoint": "save_pretrained, loaded by transformers",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured property: an error, or why it was refused."""
+
+    error: float = 0.0
+    refused: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return not self.refused and self.error <= TOLERANCE
+
+
+@dataclass
+class Examination:
+    """All cells of one decoder."""
+
+    cells: dict[str, Cell] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def examine(model: nn.Module, family: bool = True) -> Examination:
+    """Measure every property of a decoder; `family` says that transformers knows it."""
+    began = time.perf_counter()
+    quiet()
+    result = Examination()
+    ids = tokens(model)
+    with torch.no_grad():
+        out = model(ids)
+    original = getattr(out, "logits", out)
+    slim = kvpass.transform(model, progress=False)
+    result.cells["captured"] = _captured(slim, ids, original)
+    result.cells["decode"] = Cell(decode_error(slim, ids))
+    result.cells["ragged"] = Cell(ragged_error(slim, ids))
+    result.cells["split"] = _split(slim, ids)
+    grouped, result.cells["grouped"] = _grouped(slim, ids)
+    result.cells["saved"] = _saved(grouped or slim, ids)
+    if family:
+        result.cells["checkpoint"] = _checkpoint(grouped or slim, slim, ids)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def quiet() -> None:
+    """Keep other libraries' notes out of the way."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("torch.export").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def tokens(model: nn.Module, batch: int = 3, length: int = 16) -> Tensor:
+    """Random token ids, none of them special."""
+    size = getattr(getattr(model, "config", None), "vocab_size", 60)
+    return torch.randint(3, min(size, 60), (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def graph_logits(program: Program, ids: Tensor) -> Tensor:
+    """Logits of a program's graph, run node by node."""
+    graph = program.forward
+    with torch.no_grad():
+        value: Tensor = evaluate([output_node(graph)], {placeholder(graph, "input_ids"): ids}, program.read)[0]
+    return value
+
+
+def forward(slim: Transformed, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return slim(ids)
+
+
+def decode_error(slim: Transformed, ids: Tensor) -> float:
+    """Prefill, a chunk of several tokens, then token by token, against forward."""
+    expected = forward(slim, ids)
+    first = ids.shape[1] // 2
+    logits, state = slim.prefill(ids[:, :first], chunk=3)
+    found = [logits.unsqueeze(1), slim.decode(ids[:, first : first + 3], state)]
+    found += [slim.decode(ids[:, i : i + 1], state) for i in range(first + 3, ids.shape[1])]
+    return compare(expected[:, first - 1 :], torch.cat(found, dim=1))
+
+
+def ragged_error(slim: Transformed, ids: Tensor) -> float:
+    """A right-padded batch of different lengths, decoded on together, against each row alone."""
+    lengths = torch.tensor([5, 9, 2])
+    logits, state = slim.prefill(ids[:, :9], lengths)
+    steps = [logits]
+    for step in range(4):
+        following = ids[torch.arange(3), lengths + step].unsqueeze(1)
+        steps.append(slim.decode(following, state)[:, 0])
+    together = torch.stack(steps, dim=1)
+    worst = 0.0
+    for row, length in enumerate(lengths.tolist()):
+        alone = forward(slim, ids[row : row + 1, : length + 4])[0, length - 1 :]
+        worst = max(worst, compare(alone, together[row]))
+    return worst
+
+
+def _captured(slim: Transformed, ids: Tensor, original: Tensor) -> Cell:
+    logits = forward(slim, ids)
+    if not torch.equal(logits, graph_logits(slim.program, ids)):
+        return Cell(refused="the identity recipe is not bit-identical to the captured graph")
+    return Cell(compare(original, logits))
+
+
+def _split(slim: Transformed, ids: Tensor) -> Cell:
+    try:
+        split = kvpass.transform(slim, [SplitProjections()], progress=False)
+    except UnsupportedError as error:
+        return Cell(refused=error.what)
+    return Cell(compare(forward(slim, ids), forward(split, ids)))
+
+
+def _grouped(slim: Transformed, ids: Tensor) -> tuple[Transformed | None, Cell]:
+    counts = tuple(c.kv_heads // 2 if c.kv_heads % 2 == 0 else c.kv_heads for c in slim.plan)
+    request = counts[0] if len(set(counts)) == 1 else counts
+    try:
+        grouped = kvpass.transform(slim, [GroupHeads(kv_heads=request)], progress=False)
+    except UnsupportedError as error:
+        return None, Cell(refused=error.what)
+    reached = tuple(c.kv_heads for c in grouped.plan)
+    assert reached == counts, f"asked for {counts} KV heads, got {reached}"
+    _, state = grouped.prefill(ids)
+    per_layer = [tuple(t.shape[1] for t in pair) for pair in zip(state.keys, state.values, strict=True)]
+    assert per_layer == [(c, c) for c in counts], f"the caches hold {per_layer} KV heads"
+    return grouped, Cell(max(decode_error(grouped, ids), ragged_error(grouped, ids)))
+
+
+def _saved(slim: Transformed, ids: Tensor) -> Cell:
+    with tempfile.TemporaryDirectory() as folder:
+        slim.save(Path(folder) / "out")
+        back = kvpass.load(Path(folder) / "out")
+        if back.graph_text() != slim.graph_text() and slim.report.passes == []:
+            return Cell(refused="the graph that was loaded is another one")
+        same = torch.equal(forward(back, ids), forward(slim, ids))
+        return Cell() if same else Cell(refused="logits differ after loading")
+
+
+def _checkpoint(slim: Transformed, plain: Transformed, ids: Tensor) -> Cell:
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        refused = ""
+        try:
+            slim.save_pretrained(Path(folder) / "out")
+        except UnsupportedError as error:
+            refused = error.what
+            slim = plain  # the rewrite has no place in a checkpoint of the family; the model itself must have one
+            slim.save_pretrained(Path(folder) / "out")
+        back = AutoModelForCausalLM.from_pretrained(Path(folder) / "out", dtype=torch.float32).eval()
+        with torch.no_grad():
+            return Cell(compare(forward(slim, ids), back(ids).logits), refused)
