@@ -55,9 +55,10 @@ def save_pretrained(program: Program, folder: Path, *, overwrite: bool, report: 
     with output_folder(folder, overwrite=overwrite) as partial:
         config.save_pretrained(partial)
         writer = StreamWriter(partial)
-        writer.plan([(n, target.weights[n].shape, dtype) for n in names])
+        dtypes = {n: target.weights[n].dtype if target.weights[n].constant else dtype for n in names}
+        writer.plan([(n, target.weights[n].shape, dtypes[n]) for n in names])
         for name in names:
-            writer.write(name, makers[name]().to(dtype))
+            writer.write(name, makers[name]().to(dtypes[name]))
         writer.close()
         copy_companions(program.facts.folder, partial)
         if report is not None:
@@ -157,7 +158,7 @@ def assignments(source: Program, target: Program) -> dict[str, Maker]:
     """
     makers: dict[str, Maker] = {}
     used = target.used_weights()
-    parameters = [n for n in target.weights if n in used and not target.weights[n].constant]
+    parameters = [n for n, w in target.weights.items() if n in used and (not w.constant or w.persistent)]
     ours, theirs = SiteFinder(source), SiteFinder(target)
     for mine, other in zip(ours, theirs, strict=True):
         try:
@@ -172,6 +173,9 @@ def assignments(source: Program, target: Program) -> dict[str, Maker]:
             ) from refusal
     for name in parameters:
         if name in makers:
+            continue
+        if name not in source.weights and target.weights[name].persistent:
+            makers[name] = _read(target, name)
             continue
         if name not in source.weights or source.weights[name].shape != target.weights[name].shape:
             raise UnsupportedError(

@@ -18,7 +18,7 @@ from kvpass.errors import CaptureError, CheckError, SourceError
 from kvpass.ir.check import TOLERANCE, compare
 from kvpass.ir.check import verify as verify_program
 from kvpass.ir.execute import evaluate
-from kvpass.ir.program import ATTENTION, Program, Role, placeholder, roles
+from kvpass.ir.program import ATTENTION, Program, Role, output_node, placeholder, roles
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
@@ -113,35 +113,44 @@ def check_tokens_apart(program: Program, device: torch.device) -> None:
     ids = torch.randint(0, program.facts.vocab_size, (1, length), generator=generator).repeat(2, 1)
     ids[1, where] = (ids[1, where] + 1) % program.facts.vocab_size
     given: dict[fx.Node, Any] = {placeholder(graph, "input_ids"): ids.to(device)}
-    watched: dict[fx.Node, int] = {}
+    token_axis: dict[fx.Node, int] = {}
+    final = [output_node(graph)]  # where it counts; what is between may hold memory that is not written yet
     for node in graph.nodes:
         if node.op != "call_function" or role[node] != Role.DATA or not isinstance(small.get(node), Tensor):
             continue
         if node.target is ATTENTION:
             value = torch.randn(small[node].shape[1:], generator=generator).to(small[node].dtype)
             given[node] = value.expand(small[node].shape).to(device)
+            final += [n for n in node.all_input_nodes if role[n] == Role.DATA]
             continue
         sizes = list(zip(small[node].shape, large[node].shape, strict=True))
-        tokens = [axis for axis, size in enumerate(sizes) if size == (length, length + 2)]
-        if sizes and sizes[0] == (2, 3) and len(tokens) == 1:
-            watched[node] = tokens[0]
+        axes = [axis for axis, size in enumerate(sizes) if size == (length, length + 2)]
+        if sizes and sizes[0] == (2, 3) and len(axes) == 1 and small[node].numel():
+            token_axis[node] = axes[0]
+    others = torch.tensor([i for i in range(length) if i != where], device=device)
+    allowed = 10 * TOLERANCE.get(program.facts.dtype, 2e-5)
 
     def weight(name: str) -> Tensor:
         return program.read(name).to(device)
 
-    allowed = 10 * TOLERANCE.get(program.facts.dtype, 2e-5)
-    with torch.no_grad():
-        values = evaluate(list(watched), given, weight, device)
-    others = torch.tensor([i for i in range(length) if i != where], device=device)
-    for (node, axis), value in zip(watched.items(), values, strict=True):
-        kept = value.double().nan_to_num().index_select(axis, others)
-        if compare(kept[0], kept[1]) > allowed:
-            raise CaptureError(
-                "the model mixes tokens outside attention (a convolution or a recurrence over tokens, for one), "
-                "which a cache of keys and values cannot express",
-                where=f"{node.name} {node.meta.get('source', '')}".strip(),
-                fix="kvpass rewrites decoders in which tokens meet in attention only",
-            )
+    def mixing(nodes: list[fx.Node]) -> list[fx.Node]:
+        with torch.no_grad():
+            values = evaluate(nodes, given, weight, device)
+        found = []
+        for node, value in zip(nodes, values, strict=True):
+            kept = value.double().nan_to_num().index_select(token_axis[node], others)
+            if compare(kept[0], kept[1]) > allowed:
+                found.append(node)
+        return found
+
+    if mixing([n for n in dict.fromkeys(final) if n in token_axis]):
+        first = next(iter(mixing(list(token_axis))))
+        raise CaptureError(
+            "the model mixes tokens outside attention (a convolution or a recurrence over tokens, for one), "
+            "which a cache of keys and values cannot express",
+            where=f"{first.name} {first.meta.get('source', '')}".strip(),
+            fix="kvpass rewrites decoders in which tokens meet in attention only",
+        )
 
 
 # ---------------------------------------------------------------------- the checks

@@ -6,6 +6,7 @@ eager attention) and accepts the first in which every layer's attention was foun
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,8 @@ def _first_that_works(attempt: Any, config: Any, dtype: torch.dtype) -> Program:
             return _finish(Program({"forward": graph}, weights, facts))
         except KvpassError as error:
             problems.append(error)
-    decisive = problems[-1]
-    if "refused attn_implementation" not in problems[0].what and "passes `" not in problems[0].what:
-        decisive = problems[0]
-    raise decisive
+    told = [p for p in problems if "refused attn_implementation" not in p.what] or problems
+    raise told[-1] if "passes `" in told[0].what else told[0]
 
 
 def _finish(program: Program) -> Program:
@@ -190,6 +189,10 @@ def attach_weights(program: Program, source: str, config: Any, dtype: torch.dtyp
                 fix="config.json and the safetensors files do not belong together",
             )
         program.weights[name] = Weight(weight.shape, weight.dtype, _reader(store, stored), False)
+    for name, weight in program.weights.items():
+        stored = _stored_name(name, prefix, names) if weight.persistent else None
+        if stored is not None and tuple(store.shape(stored)) == weight.shape:
+            program.weights[name] = replace(weight, read=_reader(store, stored))
 
 
 def _reader(store: SafetensorsStore, name: str) -> Any:
@@ -233,10 +236,10 @@ def _load_all(program: Program, source: str, config: Any, dtype: torch.dtype) ->
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"transformers cannot load the weights: {error}", where=source) from error
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, weight in list(program.weights.items()):
-        if not weight.constant:
-            program.weights[name] = Weight.of(tensors[name])
+        if not weight.constant or weight.persistent:
+            program.weights[name] = Weight.of(tensors[name], constant=weight.constant, persistent=weight.persistent)
 
 
 def has_numbers(program: Program) -> bool:

@@ -9,6 +9,7 @@ The model is built with fake parameters and real buffers, so a 70B model costs n
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,7 +150,13 @@ def build(config: Any, dtype: torch.dtype, implementation: str) -> nn.Module:
     if _has_experts(config):
         options["experts_implementation"] = "grouped_mm"
     with _fake_parameters():
-        model = AutoModelForCausalLM.from_config(config, **options)
+        try:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        except ValueError as error:
+            if "experts implementation" not in str(error):
+                raise
+            del options["experts_implementation"]  # its experts are spelled in one way only
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     model.tie_weights()
     return model.eval()
 

@@ -119,6 +119,7 @@ def _tidy(exported: torch.export.ExportedProgram, module: nn.Module) -> tuple[fx
                 where=str(spec.target),
                 fix="kvpass captures models whose forward is a function of input_ids alone",
             )
+    stored = set(module.state_dict().keys())
     for node in exported.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -141,7 +142,7 @@ def _tidy(exported: torch.export.ExportedProgram, module: nn.Module) -> tuple[fx
             held, constant = exported.constants[spec.target], True
         if name not in attributes:
             attributes[name] = graph.get_attr(name)
-            weights[name] = Weight.of(held, constant=constant)
+            weights[name] = Weight.of(held, constant=constant, persistent=constant and name in stored)
         env[node] = attributes[name]
 
     result = _copy(exported.graph_module, exported.graph, graph, env, weights)

@@ -65,15 +65,16 @@ class Weight:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     constant: bool = False  # not a parameter of the model: a buffer or a number lifted from the code
+    persistent: bool = False  # a buffer that the model's checkpoint holds
 
     @property
     def nbytes(self) -> int:
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
     @staticmethod
-    def of(tensor: Tensor, *, constant: bool = False) -> Weight:
+    def of(tensor: Tensor, *, constant: bool = False, persistent: bool = False) -> Weight:
         held = tensor.detach()
-        return Weight(tuple(held.shape), held.dtype, lambda: held, constant)
+        return Weight(tuple(held.shape), held.dtype, lambda: held, constant, persistent)
 
 
 @dataclass
