@@ -22,7 +22,7 @@ from kvpass.manager import FAST_BYTES, Verify, make_plan, run
 from kvpass.passes.base import Context, Pass
 from kvpass.recipe import Recipe
 from kvpass.runtime.transformed import Transformed
-from kvpass.verification import check_cache, check_tokens_apart
+from kvpass.verification import check_cache, check_finite, check_tokens_apart
 
 RecipeLike = Recipe | str | Path | Pass | Iterable[Pass] | None
 
@@ -74,6 +74,7 @@ def transform(
             verify_program(program, "capture")
         numbers = verify == "full" or (verify == "fast" and program.parameter_bytes() <= FAST_BYTES)
         if numbers:
+            check_finite(program)
             check_tokens_apart(program, place)
         rewritten, report = run(program, steps, context, verify)
         model = Transformed(rewritten, report, place, Recipe((*earlier, *steps)), original=program)
@@ -201,7 +202,7 @@ def _layer_facts(program: Program, site: Any) -> LayerFacts:
         key_dim=site.head_dim,
         value_dim=site.value_dim,
         scale=float(site.option("scale")),
-        mask=str(mask) if mask is not None else "causal",
+        mask=str(mask) if mask is not None else _mask_words(site),
         softcap=float(site.option("softcap")),
         sink_logits=site.optional("sink_logits") is not None,
         rotary=rotary,
@@ -212,14 +213,30 @@ def _layer_facts(program: Program, site: Any) -> LayerFacts:
     )
 
 
+def _mask_words(site: Any) -> str:
+    """The mask that an attention op declares, where the proof of it is not at hand (a loaded program)."""
+    if site.optional("mask") is not None:
+        return "tabulated"
+    words = ["strict" if site.option("strict") else "causal"]
+    words += [f"{name} {site.option(name)}" for name in ("window", "sinks") if site.option(name)]
+    return " + ".join(words + ["ALiBi"] * (site.optional("alibi_slopes") is not None))
+
+
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the best there is."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise RequestError(f"there is no device {device!r}: {error}") from error
+        place = torch.device(device)
+        if place.type == "meta":
+            raise NotImplementedError("it computes nothing")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RequestError(
+            f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}",
+            fix="choose 'cpu', or a GPU that torch.cuda sees",
+        ) from error
+    return place
 
 
 class _progress:

@@ -11,7 +11,9 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum, StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -173,15 +176,18 @@ def _options(
 
 @app.command()
 def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
-    """What a model is: layers, heads, masks, RoPE, cache bytes, and which passes apply. No weight is read."""
+    """What a model is, and which passes apply.
+
+    Layers, heads, masks, RoPE and cache bytes, as capture proves them. No weight is read.
+    """
     with _session(as_json) as out:
         found = _inspect(model)
         out.document = _summary_document(found)
         if as_json:
             return
         typer.echo(f"{found.name}: {found.family}, {found.parameters:,} parameters ({_size(found.parameter_bytes)})")
-        for first, last, layer in _runs(found.layers):
-            typer.echo(f"  {_range(first, last)}: {_layer_line(layer)}")
+        for numbers, layer in _groups(found.layers):
+            typer.echo(f"  {numbers}: {_layer_line(layer)}")
         per_token, kind = found.plan.bytes_per_token(), _dtypes(found.plan)
         typer.echo(f"cache: {per_token:,} bytes per token in {kind}")
         if found.max_positions:
@@ -203,7 +209,10 @@ def plan(
     length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens per sequence.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The dry run: what the cache would be. No weight is read."""
+    """The dry run: what the cache would be.
+
+    A recipe that does not apply is refused with the reason. No weight is read.
+    """
     with _session(as_json) as out:
         chosen = _recipe(recipe, kv_heads, method, refit, grouping, steps)
         found = _inspect(model)
@@ -393,7 +402,10 @@ def generate(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a model continue a prompt; the text streams when stdout is a terminal."""
+    """Let a model continue a prompt.
+
+    Greedy unless --temperature, --top-p or --top-k is given. The text streams when stdout is a terminal.
+    """
     with _session(as_json) as out:
         text = sys.stdin.read() if prompt == "-" else prompt
         decoder = _decoder(model, device, dtype)
@@ -405,7 +417,10 @@ def generate(
         tokenizer = load_tokenizer(model)
         ids = torch.tensor([tokenizer(text).input_ids], dtype=torch.long)
         if ids.shape[1] == 0:
-            raise RequestError("the prompt is empty", where="--prompt", fix="give some text to go on from")
+            what, fix = "the prompt is empty", "give some text to go on from"
+            if text:
+                what, fix = "the tokenizer makes no tokens of the prompt", "put the model's tokenizer files beside it"
+            raise RequestError(what, where=model if text else "--prompt", fix=fix)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if temperature != 0 and (temperature, top_p, top_k) != (None, None, None):
             chosen = {"temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": top_k or 0}
@@ -454,7 +469,10 @@ def evaluate(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Likelihood, divergence and retrieval at measured cache bytes, side by side."""
+    """Quality at measured cache bytes, side by side.
+
+    Likelihood of held-out text whose beginning is in the cache, divergence from the first model, and retrieval.
+    """
     with _session(as_json) as out:
         from kvpass.calibration import encode, load_tokenizer, read_text
 
@@ -543,7 +561,10 @@ def verify(
     seed: Annotated[int, typer.Option("--seed", help="Of the token ids.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Check an output again on this machine: structure, weights, and that the cache changes nothing."""
+    """Check an output again on this machine.
+
+    Its structure, its weights, that the cache changes nothing, and that transformers computes the same of a checkpoint.
+    """
     with _session(as_json) as out:
         decoder = _decoder(model, device, dtype)
 
@@ -704,37 +725,61 @@ class _Outcome:
 def _session(as_json: bool) -> Iterator[_Outcome]:
     """The frame of a command: errors become messages and statuses, and stdout stays clean."""
     outcome, stdout = _Outcome(), sys.stdout
-    try:
-        with _quiet(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            yield outcome
+
+    def fail(what: str, where: str, fix: str, text: str) -> None:
         if as_json:
-            _print_json(stdout, outcome.document)
-        stdout.flush()
-    except KvpassError as error:
-        if as_json:
-            _print_json(stdout, _error_document(error.what, error.where, error.fix))
-        else:
-            typer.echo(f"kvpass: {error}", err=True)
-        raise typer.Exit(error.exit_status) from None
-    except KeyboardInterrupt:
-        if as_json:
-            _print_json(stdout, _error_document("interrupted; nothing was left behind", "", ""))
-        else:
-            typer.echo("kvpass: interrupted; nothing was left behind", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no complaint at exit
-        raise typer.Exit(1) from None
-    except typer.Exit:
-        raise
-    except Exception as error:
-        traceback.print_exc(file=sys.stderr)
-        if as_json:
+            _print_json(stdout, _error_document(what, where, fix))
+        elif text:
+            typer.echo(f"kvpass: {text}", err=True)
+
+    with _interrupts() as interrupts:
+        try:
+            with _quiet(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                yield outcome
+            if as_json:
+                _print_json(stdout, outcome.document)
+            stdout.flush()
+        except typer.Exit:
+            raise
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # nobody reads on: no complaint at exit
+            raise typer.Exit(1) from None
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                what = "interrupted; nothing was left behind"
+                fail(what, "", "", what)
+                raise typer.Exit(INTERRUPTED) from None
+            if isinstance(error, KvpassError):
+                fail(error.what, error.where, error.fix, str(error))
+                raise typer.Exit(error.exit_status) from None
+            traceback.print_exc(file=sys.stderr)
             what = f"unexpected {type(error).__name__}: {error}"
-            _print_json(stdout, _error_document(what, "", "please report it with the traceback on stderr"))
-        raise typer.Exit(1) from None
+            fail(what, "", "please report it with the traceback on stderr", "")
+            raise typer.Exit(1) from None
     if outcome.status:
         raise typer.Exit(outcome.status)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C as usual, and remembered: a library that is being imported turns it into an error of its own."""
+    seen: list[int] = []
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield seen
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -862,21 +907,31 @@ def _summary_document(found: ModelSummary) -> dict[str, Any]:
     }
 
 
-def _runs(layers: Sequence[LayerFacts]) -> list[tuple[int, int, LayerFacts]]:
-    """(first, last, facts) of neighbours that are equal but for their number."""
-    runs: list[tuple[int, int, LayerFacts]] = []
+def _groups(layers: Sequence[LayerFacts]) -> list[tuple[str, LayerFacts]]:
+    """Layers that are equal but for their number: "0-3, 5", and their facts."""
+    groups: dict[LayerFacts, list[int]] = {}
     for layer in layers:
-        bare = replace(layer, layer=0, refusals=tuple(r.split(": ", 1)[-1] for r in layer.refusals))
-        if runs and runs[-1][2] == bare:
-            runs[-1] = (runs[-1][0], layer.layer, bare)
+        groups.setdefault(replace(layer, layer=0, refusals=()), []).append(layer.layer)
+    return [(_ranges(numbers), layer) for layer, numbers in groups.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
         else:
-            runs.append((layer.layer, layer.layer, bare))
-    return runs
+            ends.append([number, number])
+    words = [_range(first, last) for first, last in ends]
+    if len(words) > 8:
+        words = [*words[:4], "…", words[-1]]
+        return ", ".join(words) + f" ({len(numbers)} layers)"
+    return ", ".join(words)
 
 
 def _layer_line(layer: LayerFacts) -> str:
     size = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}/{layer.value_dim}"
-    words = [f"{layer.heads} query heads, {layer.kv_heads} KV heads x {size}", layer.mask]
+    words = [f"{_many(layer.heads, 'query head')}, {_many(layer.kv_heads, 'KV head')} x {size}", layer.mask]
     if layer.rotary not in ("none", "unknown"):
         words.append(f"RoPE {layer.rotary.replace(',', '')}".replace(" channels", ""))
     if layer.norm not in ("none", "unknown"):
@@ -898,6 +953,10 @@ def _range(first: int, last: int) -> str:
 
 def _dtypes(plan: CachePlan) -> str:
     return ", ".join(sorted({str(layer.dtype).removeprefix("torch.") for layer in plan}))
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _change(what: str, before: int, after: int) -> str:

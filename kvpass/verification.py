@@ -1,7 +1,7 @@
 """Checks of a finished model on the machine at hand: its structure, its weights, and that its cache changes nothing.
 
-`verify` is what `kvpass verify` prints and what tests of whole models call. `check_tokens_apart` and `check_cache` are
-the two parts that `kvpass.transform` runs by itself: the first before the passes, the second after them.
+`verify` is what `kvpass verify` prints and what tests of whole models call. `check_finite`, `check_tokens_apart`
+and `check_cache` are what `kvpass.transform` runs by itself: the first two before the passes, the last after them.
 """
 
 from __future__ import annotations
@@ -97,6 +97,21 @@ def check_cache(model: Transformed, *, seed: int = 0) -> str:
     return f"cached decode, ragged batches and chunks equal to {max(c.measured for c in checks):.1e}"
 
 
+def check_finite(program: Program) -> None:
+    """Look for a NaN or an infinity in the weights.
+
+    Raises:
+        CheckError: naming the tensors.
+    """
+    check = _finite(program)
+    if not check.passed:
+        raise CheckError(
+            f"numbers of the model's weights are NaN or infinite: {check.measured:.0f}",
+            where=check.detail,
+            fix="the checkpoint is damaged, or was trained into overflow; get it again",
+        )
+
+
 def check_tokens_apart(program: Program, device: torch.device) -> None:
     """Show by execution that tokens meet nowhere but in attention, whose keys and values are all that a cache holds.
 
@@ -177,7 +192,7 @@ def _finite(program: Program) -> Check:
         if count:
             bad[name] = count
     numbers = sum(bad.values())
-    detail = f"{total} tensors" if not bad else "not finite: " + ", ".join(list(bad)[:3])
+    detail = f"{total} tensors" if not bad else ", ".join(list(bad)[:3])
     return Check("finite weights", not bad, float(numbers), 0.0, detail)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +34,7 @@ from torch import Tensor, fx
 from kvpass.errors import CheckError, PlanError, UnsupportedError
 from kvpass.ir.execute import ancestors, evaluate, in_order
 from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import Program, Role, Weight, aten, insert_call, placeholder, sweep
+from kvpass.ir.program import Program, Role, Weight, aten, insert_call, output_node, placeholder, sweep
 from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
 from kvpass.ir.staged import Staged, block
 
@@ -59,7 +60,7 @@ class GroupHeads(Pass):
     refit: Refit = "none"
     grouping: Literal["auto", "search", "contiguous"] = "auto"
     steps: int = 150
-    swap_windows: int = 0
+    swap_windows: int = 4
 
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[frozenset[str]] = frozenset({FACT})
@@ -103,15 +104,15 @@ class GroupHeads(Pass):
         teacher = program.copy()
         finder = SiteFinder(program)
         counts = [self.kv_heads] * len(finder) if isinstance(self.kv_heads, int) else list(self.kv_heads)
-        bases = []
-        for site in finder:
-            bases.append(_basis(site))
-            _self_test(program, site, bases[-1], context)
-        total = len(finder)
+        sites = list(finder)
+        bases = [_basis(site) for site in sites]
+        _self_test(program, bases, context)
+        total = len(sites)
         job = _Job(self, program, teacher, context, counts, bases)
-        for layer in range(total):
-            context.progress(layer, total, f"rewiring layer {layer}")
-            job.rewire(layer)
+        for site in sites:
+            context.progress(site.layer, total, f"rewiring layer {site.layer}")
+            job.rewired.append(rewire(program, site, counts[site.layer]))
+        sweep(program.forward)
         details = job.fill()
         done = sum(count < site.kv_heads for count, site in zip(counts, SiteFinder(teacher), strict=True))
         return Rewritten(done, total, details)
@@ -142,12 +143,6 @@ class _Job:
     bases: list[KeyBasis]
     rewired: list[_Rewired] = field(default_factory=list)
 
-    def rewire(self, layer: int) -> None:
-        """Give a site its new shape; the numbers come later."""
-        site = SiteFinder(self.program)[layer]
-        self.rewired.append(rewire(self.program, site, self.counts[layer]))
-        sweep(self.program.forward)
-
     def fill(self) -> list[dict[str, Any]]:
         """Compute the merge of every layer, in order, and refit it where asked."""
         options, context = self.options, self.context
@@ -156,7 +151,6 @@ class _Job:
         teacher = Staged(self.teacher, batches, context.device) if batches else None
         student = Staged(self.program, batches, context.device) if batches and options.refit != "none" else None
         details = []
-        merges: list[HeadMerge] = []
         for layer, site in enumerate(teacher_sites):
             began = time.perf_counter()
             context.progress(layer, len(teacher_sites), f"merging layer {layer}")
@@ -168,7 +162,6 @@ class _Job:
             else:
                 stats = _data_free(site, operands, self.bases[layer])
             merge = merge_heads(stats, self.bases[layer], self.counts[layer], options.method, self._grouping(site))
-            merges.append(merge)
             self._set(layer, site, merge)
             record: dict[str, Any] = {
                 "layer": layer,
@@ -185,7 +178,7 @@ class _Job:
             record["seconds"] = time.perf_counter() - began
             details.append(record)
         if batches and options.swap_windows:
-            for layer, value in enumerate(self._swap_losses(merges)):
+            for layer, value in enumerate(self._swap_losses()):
                 details[layer]["swap_kl"] = value
         self._settle(student)
         return details
@@ -208,12 +201,13 @@ class _Job:
         y = site.output.projection.node
         inputs = in_order(set(place.x.values()))
         drift = _residual(y, teacher), _residual(place.y, student)
-        wanted = teacher.values(y)
+        shape = (*self.context.batches[0].shape, -1)  # the teacher's product may be [B*S, hidden]
+        wanted = [w.reshape(shape) for w in teacher.values(y)]
         if drift[0] is not None and drift[1] is not None:
             teacher.advance([drift[0], y])
             student.advance([*inputs, drift[1]])
             pairs = zip(teacher.values(drift[0]), student.values(drift[1]), strict=True)
-            wanted = [w + (t - s) for w, (t, s) in zip(wanted, pairs, strict=True)]
+            wanted = [w + (t - s).reshape(shape) for w, (t, s) in zip(wanted, pairs, strict=True)]
         else:
             student.advance(inputs)
         given = [{n: environment[n] for n in inputs} for environment in student.environments]
@@ -273,26 +267,43 @@ class _Job:
             used = self.program.used_weights()
             self.program.weights = {n: w for n, w in self.program.weights.items() if n in used}
 
-    def _swap_losses(self, merges: list[HeadMerge]) -> list[float]:
-        """KL(original || original with one layer converted), in nats per token, per layer; the best predictor of
-        damage."""
-        context, windows = self.context, self.options.swap_windows
-        rows = torch.cat(list(context.batches))[:windows]
-        reference = _log_probabilities(self.teacher, rows, context.device)
-        losses = []
-        for layer, merge in enumerate(merges):
-            context.progress(layer, len(merges), f"measuring layer {layer} alone")
-            trial = self.teacher.copy()
-            site = SiteFinder(trial)[layer]
-            heads, kv_heads = site.heads, site.kv_heads
-            place = rewire(trial, site, self.counts[layer])
-            place.constants.update(merge_constants(merge, heads, kv_heads))
-            for name in place.names:
-                trial.weights[name] = Weight.of(place.constants[name.rsplit(".", 1)[-1]], constant=True)
-            sweep(trial.forward)
-            changed = _log_probabilities(trial, rows, context.device)
-            losses.append(float((reference.exp() * (reference - changed)).sum(-1).mean()))
-        return losses
+    def _swap_losses(self) -> list[float]:
+        """KL(original || original with one layer converted), in nats per token, per layer: the predictor of damage.
+
+        Each converted block runs on the original's inputs, and the original goes on from its result.
+        """
+        context = self.context
+        rows = torch.cat(list(context.batches))[: self.options.swap_windows]
+        sites = list(SiteFinder(self.teacher))
+        logits = output_node(self.teacher.forward)
+        ids = placeholder(self.teacher.forward, "input_ids")
+        losses = [0.0] * len(sites)
+
+        def read(program: Program) -> Callable[[str], Tensor]:
+            return lambda name: program.read(name).to(context.device)
+
+        def run(given: dict[fx.Node, Any], *nodes: fx.Node) -> list[Any]:
+            return evaluate(list(nodes), given, read(self.teacher), context.device)
+
+        parts = rows.split(4)
+        with torch.no_grad():
+            for count, part in enumerate(parts):
+                given: dict[fx.Node, Any] = {ids: part.to(context.device)}
+                inputs = [{o: s.path(o).projection.x for o in ("q", "k", "v")} for s in sites]  # type: ignore[arg-type]
+                wanted = in_order({n for nodes in inputs for n in nodes.values()})
+                reference, *values = run(given, logits, *wanted)
+                known = dict(zip(wanted, values, strict=True))
+                reference = torch.log_softmax(reference.float(), dim=-1)
+                for layer, (site, place) in enumerate(zip(sites, self.rewired, strict=True)):
+                    context.progress(count * len(sites) + layer, len(parts) * len(sites), f"layer {layer} alone")
+                    fed = {placeholder(self.program.forward, "input_ids"): given[ids]}
+                    fed |= {place.x[o]: known[n] for o, n in inputs[layer].items()}
+                    y = evaluate([place.y], fed, read(self.program), context.device)[0]
+                    old = site.output.projection.node
+                    shape = y.flatten(0, 1).shape if site.finder.shapes[old].dim() == 2 else y.shape
+                    changed = torch.log_softmax(run({**given, old: y.reshape(shape)}, logits)[0].float(), dim=-1)
+                    losses[layer] += float((reference.exp() * (reference - changed)).sum(-1).mean()) * len(part)
+        return [loss / len(rows) for loss in losses]
 
 
 @dataclass(frozen=True)
@@ -561,48 +572,47 @@ def _measure(site: AttentionSite, teacher: Staged, operands: _Operands, basis: K
     )
 
 
-def _self_test(program: Program, site: AttentionSite, basis: KeyBasis, context: Context) -> None:
-    """Apply a random exact symmetry to the site and see that it computes the same.
+def _self_test(program: Program, bases: list[KeyBasis], context: Context) -> None:
+    """Apply a random exact symmetry to every site and see that it computes the same.
 
     One test catches a wrong RoPE layout, a forgotten bias, a norm in the way and a wrong head order together.
 
     Raises:
         CheckError: it does not.
     """
-    generator = torch.Generator().manual_seed(context.seed + site.layer)
-    merge = symmetric_transform(basis, site.kv_heads, site.head_dim, site.value_dim, generator)
     trial = program.copy()
-    finder = SiteFinder(trial)
-    copied = finder[site.layer]
-    x = in_order({copied.path(o).projection.x for o in ("q", "k", "v")})
-    y = copied.output.projection.node
-    length = 12
-    given: dict[fx.Node, Any] = {
-        placeholder(trial.forward, "input_ids"): torch.zeros((2, length), dtype=torch.long, device=context.device)
-    }
-    shapes = trial.shapes("forward", 2, length)
-    for node in x:
-        noise = torch.randn(shapes[node].shape, generator=generator)
-        given[node] = noise.to(shapes[node].dtype).to(context.device)
+    batch, length = 2, 12
+    shapes = trial.shapes("forward", batch, length)
 
     def weight(name: str) -> Tensor:
         return trial.read(name).to(context.device)
 
-    with torch.no_grad():
-        expected = evaluate([y], given, weight, context.device)[0].double()
-        place = rewire(trial, copied, site.kv_heads)
-        place.constants.update(merge_constants(merge, site.heads, site.kv_heads))
-        got = evaluate([place.y], given, weight, context.device)[0].double().reshape(expected.shape)
-    spread = float(expected.abs().max()) or 1.0
-    error = float((got - expected).abs().max()) / spread
-    allowed = 2e-4 if shapes[y].dtype == torch.float32 else 0.1
-    if not error <= allowed:
-        raise CheckError(
-            f"layer {site.layer}: a change of basis that should not matter changes the attention block by {error:.1e} "
-            "of its spread",
-            where=f"layer {site.layer}: {site.node.meta.get('source', site.node.name)}",
-            fix="kvpass has misread this layer (RoPE pairs, biases, norms or head order); please report the model",
-        )
+    for site, basis in zip(SiteFinder(trial), bases, strict=True):
+        generator = torch.Generator().manual_seed(context.seed + site.layer)
+        merge = symmetric_transform(basis, site.kv_heads, site.head_dim, site.value_dim, generator)
+        y = site.output.projection.node
+        given: dict[fx.Node, Any] = {
+            placeholder(trial.forward, "input_ids"): torch.zeros((batch, length), dtype=torch.long).to(context.device)
+        }
+        for node in in_order({site.path(o).projection.x for o in ("q", "k", "v")}):  # type: ignore[arg-type]
+            noise = torch.randn(shapes[node].shape, generator=generator)
+            given[node] = noise.to(shapes[node].dtype).to(context.device)
+        heads, kv_heads = site.heads, site.kv_heads
+        with torch.no_grad():
+            expected = evaluate([y], given, weight, context.device)[0].double()
+            place = rewire(trial, site, kv_heads)
+            place.constants.update(merge_constants(merge, heads, kv_heads))
+            got = evaluate([place.y], given, weight, context.device)[0].double().reshape(expected.shape)
+        spread = float(expected.abs().max()) or 1.0
+        error = float((got - expected).abs().max()) / spread
+        allowed = 2e-4 if shapes[y].dtype == torch.float32 else 0.1
+        if not error <= allowed:
+            raise CheckError(
+                f"layer {site.layer}: a change of basis that should not matter changes the attention block by "
+                f"{error:.1e} of its spread",
+                where=f"layer {site.layer}: {site.node.meta.get('source', site.node.name)}",
+                fix="kvpass has misread this layer (RoPE pairs, biases, norms or head order); please report the model",
+            )
 
 
 # ---------------------------------------------------------------------- fitting
@@ -676,15 +686,3 @@ def _distill(error: Any, start: dict[fx.Node, Tensor], batches: int, steps: int,
         optimiser.step()
         schedule.step()
     return {n: t.detach().to(dtypes[n]) for n, t in weights.items()}
-
-
-def _log_probabilities(program: Program, rows: Tensor, device: torch.device) -> Tensor:
-    """Log-probabilities [N, T, V] of the next token, batch by batch."""
-    found = []
-    for part in rows.split(4):
-        staged = Staged(program, [part], device)
-        result = program.forward.output_node().args[0]
-        assert isinstance(result, fx.Node)
-        staged.advance([result])
-        found.append(torch.log_softmax(staged.values(result)[0].float(), dim=-1))
-    return torch.cat(found)

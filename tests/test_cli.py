@@ -1,0 +1,345 @@
+"""The `kvpass` command: its results, its refusals, its exit status and what it leaves on stdout."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from families import VOCAB, build
+from kvpass.passes import group_heads, head_merge
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner, Result
+
+import kvpass
+from kvpass import api, cli
+
+PLAIN = "It was the best of times, it was the worst of times. " * 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with 8 KV heads and a tokenizer of single characters."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build("llama_mha").save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(VOCAB - 1)} | {"?!": VOCAB - 1}, "?!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(PLAIN)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def slim(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny Llama with 2 KV heads, as a kvpass folder."""
+    out = tmp_path_factory.mktemp("out") / "slim"
+    done = run("transform", model, "--kv-heads", "2", "-o", str(out), "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["bytes_per_token"] == {"before": 1024, "after": 256}
+    assert [p["effect"] for p in found["report"]["passes"]] == ["layout", "lossy"]
+    assert found["output"]["bytes"] == sum(f.stat().st_size for f in out.iterdir())
+    return str(out)
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def document(*words: str, status: int = 0) -> Any:
+    done = run(*words, "--json")
+    assert done.exit_code == status, done.output
+    return json.loads(done.stdout)
+
+
+def refusal(*words: str, status: int = 2) -> str:
+    """The message of a refused request; stdout stays empty."""
+    done = run(*words)
+    assert (done.exit_code, done.stdout) == (status, ""), done.output
+    assert done.stderr.startswith("kvpass: ")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+# ---------------------------------------------------------------------- results
+
+
+def test_inspect_groups_equal_layers(model: str) -> None:
+    done = run("inspect", model)
+    assert done.exit_code == 0
+    assert "0-1: 8 query heads, 8 KV heads x 8, causal, RoPE half 8 of 8" in done.stdout
+    assert "1,024 bytes per token in float32" in done.stdout
+    assert "group-heads: applies" in done.stdout
+    found = document("inspect", model)
+    assert (found["family"], len(found["layers"]), found["passes"]) == ("llama", 2, {"group-heads": "ok"})
+
+
+def test_plan_counts_the_bytes_of_a_batch(model: str) -> None:
+    found = document("plan", model, "--kv-heads", "4,2", "--batch", "3", "--length", "100")
+    assert found["bytes_per_token"] == {"before": 1024, "after": 256 + 128}
+    assert found["bytes"] == {"before": 3 * 100 * 1024, "after": 3 * 100 * 384}
+    assert [row["kv_heads"] for row in found["layers"]] == [4, 2]
+    assert "1,024 -> 384 (37.5%)" in run("plan", model, "--kv-heads", "4,2").stdout
+
+
+def test_a_recipe_says_what_the_options_say(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('[[pass]]\nname = "group-heads"\nkv_heads = 2\nmethod = "mean"\n')
+    by_file = document("plan", model, "--recipe", str(path))
+    assert by_file == document("plan", model, "--kv-heads", "2", "--method", "mean")
+
+
+def test_a_saved_program_is_verified_and_inspected(slim: str) -> None:
+    found = document("verify", slim)
+    assert found["passed"]
+    assert {c["name"] for c in found["checks"]} >= {"structure", "finite weights", "prefill and decode equal forward"}
+    assert document("inspect", slim)["layers"][0]["kv_heads"] == 2
+
+
+def test_a_checkpoint_is_compared_with_transformers(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    done = run("transform", model, "--kv-heads", "2", "-o", str(out), "--save", "hf")
+    assert done.exit_code == 0, done.output
+    assert "1,024 -> 256" in done.stdout
+    assert f"saved {out}" in done.stdout
+    assert json.loads((out / "config.json").read_text())["num_key_value_heads"] == 2
+    last = document("verify", str(out))["checks"][-1]
+    assert (last["name"], last["passed"]) == ("logits equal those of transformers", True)
+
+
+def test_generation_is_greedy_unless_asked(model: str) -> None:
+    words = ("generate", model, "--prompt", "It was", "--max-new-tokens", "8")
+    greedy = document(*words)
+    assert greedy["prompt_tokens"] == 6
+    assert greedy["text"].startswith("It was")
+    assert greedy["tokens"] == document(*words, "--temperature", "0")["tokens"]
+    drawn = [document(*words, "--temperature", "3", "--seed", seed)["tokens"] for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert run(*words).stdout == greedy["text"] + "\n"
+
+
+def test_eval_puts_models_side_by_side(model: str, slim: str, text: str) -> None:
+    sizes = ("--text", text, "--context", "80", "--continuation", "16", "--windows", "4", "--retrieval")
+    found = document("eval", model, slim, *sizes)
+    assert found["reference"] == "tiny"
+    assert found["continuation"]["tiny"]["kl"] == 0 < found["continuation"]["slim"]["kl"]
+    ratio = found["continuation"]["slim"]["bytes_per_token"] / found["continuation"]["tiny"]["bytes_per_token"]
+    assert ratio == pytest.approx(0.25, rel=0.02)
+    assert set(found["retrieval"]) == {"tiny", "slim"}
+    assert list(document("eval", slim, slim, *sizes[:-1])["continuation"]) == [slim, f"{slim} (2)"]
+
+
+def test_the_choices_are_those_of_the_pass() -> None:
+    assert [m.value for m in cli.Method] == list(get_args(head_merge.Method))
+    assert [r.value for r in cli.Refit] == list(get_args(group_heads.Refit))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"), [([0], "0"), ([0, 1, 2, 5], "0-2, 5"), (range(0, 20, 2), "0, 2, 4, 6, …, 18 (10 layers)")]
+)
+def test_layer_numbers_are_short(numbers: list[int], words: str) -> None:
+    assert cli._ranges(numbers) == words
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "{recipe}", "--kv-heads", "2"], "exclude each other"),
+        (["--recipe", "{recipe}", "--method", "mean"], "exclude each other"),
+        (["--method", "mean"], "--method belongs to --kv-heads"),
+        (["--kv-heads", "two"], "not 'two'"),
+        (["--kv-heads", "3"], "choose from [1, 2, 4, 8]"),
+        (["--kv-heads", "4,4,2"], "the model has 2"),
+        (["--recipe", "{bad}"], "no key 'bogus'"),
+        (["--recipe", "nowhere.toml"], "cannot be read"),
+    ],
+)
+def test_plan_refuses_a_wrong_recipe(options: list[str], message: str, model: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe").write_text('[[pass]]\nname = "group-heads"\nkv_heads = 2\n')
+    (tmp_path / "bad").write_text('[[pass]]\nname = "group-heads"\nkv_heads = 2\nbogus = 1\n')
+    places = {name: str(tmp_path / name) for name in ("recipe", "bad")}
+    assert message in refusal("plan", model, *(o.format(**places) for o in options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing is to be done"),
+        (["--kv-heads", "2", "--refit", "distill"], "--calibration"),
+        (["--kv-heads", "2", "--calibration", "{folder}/none.txt"], "no such calibration file"),
+        (["--kv-heads", "2", "--calibration", "{folder}/empty.txt"], "the text is empty"),
+        (["--kv-heads", "4,2", "--save", "hf"], "different numbers of KV heads"),
+        (["--kv-heads", "2", "-o", "{folder}/full"], "give --overwrite"),
+        (["--kv-heads", "2", "-o", "{folder}/full", "--overwrite"], "does not hold a model"),
+        (["--kv-heads", "2", "-o", "{folder}/empty.txt/out"], "inside a file"),
+        (["--kv-heads", "2", "-o", "{folder}/empty.txt"], "a file stands there"),
+        (["--kv-heads", "2", "-o", "{model}", "--overwrite"], "the model itself"),
+    ],
+)
+def test_transform_refuses_before_it_starts(
+    options: list[str], message: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(api, "transform", started)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    words = [o.format(folder=tmp_path, model=model) for o in options]
+    if "-o" not in words:
+        words += ["-o", str(tmp_path / "new" / "out")]
+    assert message in refusal("transform", model, *words)
+    assert sorted(os.listdir(tmp_path)) == ["empty.txt", "full"]
+
+
+def test_a_family_without_a_word_for_kv_heads_is_no_checkpoint(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path / "gpt2")
+    out = str(tmp_path / "out")
+    message = refusal("transform", str(tmp_path / "gpt2"), "--kv-heads", "2", "-o", out, "--save", "hf")
+    assert "no word for the number of KV heads" in message
+
+
+def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    small = {"num_attention_heads": 4, "vocab_size": 97}
+    BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32, **small)).save_pretrained(
+        tmp_path / "bert"
+    )
+    T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, vocab_size=97)).save_pretrained(
+        tmp_path / "t5"
+    )
+    (tmp_path / "file").write_text("not a model")
+    (tmp_path / "blank").mkdir()
+    for name, message in {
+        "bert": "not a causal language model",
+        "t5": "encoder-decoder",
+        "file": "this is a file",
+        "blank": "no Hugging Face model",
+        "nowhere": "no such folder",
+    }.items():
+        said = refusal("inspect", str(tmp_path / name))
+        assert message in said
+        error = document("inspect", str(tmp_path / name), status=2)["error"]
+        assert set(error) == {"what", "where", "fix"}
+        assert error["what"] in said
+    assert "local Hugging Face cache" in refusal("inspect", "some/model")
+
+
+def test_a_damaged_checkpoint_is_named(model: str, tmp_path: Path) -> None:
+    cut, bad = tmp_path / "cut", tmp_path / "bad"
+    for folder in (cut, bad):
+        shutil.copytree(model, folder)
+    shard = cut / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    out = str(tmp_path / "out")
+    assert "truncated or damaged" in refusal("transform", str(cut), "--kv-heads", "2", "-o", out)
+    weights = load_file(bad / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights[name][0, 0] = torch.nan
+    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
+    assert name in refusal("transform", str(bad), "--kv-heads", "2", "-o", out, status=1)
+    found = document("verify", str(bad), status=1)
+    assert [c["name"] for c in found["checks"] if not c["passed"]] == ["finite weights"]
+    assert run("verify", str(bad)).exit_code == 1
+    assert sorted(os.listdir(tmp_path)) == ["bad", "cut"]
+
+
+def test_devices_and_prompts_are_checked(model: str) -> None:
+    words = ("generate", model, "--max-new-tokens", "2", "--prompt")
+    assert "the prompt is empty" in refusal(*words, "")
+    assert "cannot be used here" in refusal(*words, "a", "--device", "cuda:99")
+
+
+def test_usage_errors_are_documents_too(model: str) -> None:
+    assert "Missing option" in document("transform", model, status=2)["error"]["what"]
+    assert "No such command" in document("frobnicate", status=2)["error"]["what"]
+    done = run("transform", model)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "Missing option" in done.stderr
+
+
+# ---------------------------------------------------------------------- the process
+
+
+def test_an_unexpected_error_shows_its_traceback(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(source: str) -> None:
+        raise ZeroDivisionError("by design")
+
+    monkeypatch.setattr(api, "inspect", broken)
+    done = run("inspect", model, "--json")
+    assert done.exit_code == 1
+    assert "ZeroDivisionError" in json.loads(done.stdout)["error"]["what"]
+    assert "Traceback" in done.stderr
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_is_one(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(source: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("could not import") from None
+
+    monkeypatch.setattr(api, "inspect", importing)
+    done = run("inspect", model)
+    assert done.exit_code == 130
+    assert done.stderr == "kvpass: interrupted; nothing was left behind\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, kvpass.cli; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_process_prints_nothing_but_its_document(model: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from kvpass.cli import main; main()", "transform", model, "--kv-heads", "1"]
+    done = subprocess.run([*command, "-o", str(tmp_path / "out"), "--json"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["bytes_per_token"]["after"] == 128
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ctrl_c_in_a_refit_leaves_nothing(model: str, text: str, tmp_path: Path) -> None:
+    code = """
+import sys
+from kvpass import api, cli
+run = api.run
+def telling(*arguments):
+    print("started", file=sys.stderr, flush=True)
+    return run(*arguments)
+api.run = telling
+cli.main()
+"""
+    words = ["transform", model, "--kv-heads", "2", "--refit", "distill", "--steps", "1000000"]
+    words += ["--calibration", text, "-o", str(tmp_path / "deep" / "out")]
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"started\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, b"")
+    assert err == b"kvpass: interrupted; nothing was left behind\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version").stdout == f"kvpass {kvpass.__version__}\n"
