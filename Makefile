@@ -7,7 +7,7 @@ WORKERS ?= auto
 .PHONY: demo test lint types unit install docs clean
 
 demo: install
-	$(BIN)/python -m examples.demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m examples.demo
 
 test: install lint types unit
 

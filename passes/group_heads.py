@@ -289,7 +289,7 @@ class _Job:
         with torch.no_grad():
             for count, part in enumerate(parts):
                 given: dict[fx.Node, Any] = {ids: part.to(context.device)}
-                inputs = [{o: s.path(o).projection.x for o in ("q", "k", "v")} for s in sites]  # type: ignore[arg-type]
+                inputs = [{o: s.path(o).projection.x for o in ("q", "k", "v")} for s in sites]
                 wanted = in_order({n for nodes in inputs for n in nodes.values()})
                 reference, *values = run(given, logits, *wanted)
                 known = dict(zip(wanted, values, strict=True))
@@ -594,7 +594,7 @@ def _self_test(program: Program, bases: list[KeyBasis], context: Context) -> Non
         given: dict[fx.Node, Any] = {
             placeholder(trial.forward, "input_ids"): torch.zeros((batch, length), dtype=torch.long).to(context.device)
         }
-        for node in in_order({site.path(o).projection.x for o in ("q", "k", "v")}):  # type: ignore[arg-type]
+        for node in in_order({site.path(o).projection.x for o in ("q", "k", "v")}):
             noise = torch.randn(shapes[node].shape, generator=generator)
             given[node] = noise.to(shapes[node].dtype).to(context.device)
         heads, kv_heads = site.heads, site.kv_heads

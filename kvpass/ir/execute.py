@@ -32,6 +32,11 @@ def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[f
     return seen
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that proofs compute in: float32 for half precision, which resolves too little."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """The nodes sorted as their graph orders them."""
     return sorted(nodes)
@@ -42,10 +47,12 @@ def evaluate(
     given: Mapping[fx.Node, Any],
     weight: WeightReader,
     device: str | torch.device = "cpu",
+    widen: bool = False,
 ) -> list[Any]:
     """Values of `outputs`, computed from the values in `given`; weights are read through `weight` by name.
 
-    Every device that the graph names is replaced by `device`. Errors raised inside an op are passed on with the node.
+    Every device that the graph names is replaced by `device`; with `widen`, so is every half-precision dtype by
+    float32. Errors raised inside an op are passed on with the node.
     """
     target_device = torch.device(device)
     needed = in_order(ancestors(outputs, given))
@@ -66,6 +73,8 @@ def evaluate(
             return slice(value_of(argument.start), value_of(argument.stop), value_of(argument.step))
         if isinstance(argument, torch.device):
             return target_device
+        if widen and isinstance(argument, torch.dtype):
+            return widened(argument)
         return argument
 
     for node in needed:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kvpass.ir.execute import ancestors, evaluate, in_order
+from kvpass.ir.execute import ancestors, evaluate, in_order, widened
 from kvpass.ir.program import ATTEND, ATTENTION, Program, Role, aten, placeholder, roles
 
 _CODES = 96  # sign codes per row: two of 30k rows agree on 80 of them with probability below 1e-9
@@ -131,11 +131,23 @@ class SiteFinder:
 
     # ------------------------------------------------------------------ running parts of the graph
 
-    def run(self, outputs: list[fx.Node], given: dict[fx.Node, Tensor], batch: int, length: int) -> list[Any]:
-        """Values of `outputs` for chosen values of inner nodes; large or absent weights are replaced by random ones."""
+    def run(
+        self, outputs: list[fx.Node], given: dict[fx.Node, Tensor], batch: int, length: int, *, widen: bool = False
+    ) -> list[Any]:
+        """Values of `outputs` for chosen values of inner nodes; large or absent weights are replaced by random ones.
+
+        With `widen`, what the model computes in half precision is computed in float32.
+        """
         ids = placeholder(self.graph, "input_ids")
         start: dict[fx.Node, Any] = {ids: torch.zeros((batch, length), dtype=torch.long)}
-        return evaluate(outputs, start | given, self.probe_weight)
+        if not widen:
+            return evaluate(outputs, start | given, self.probe_weight)
+
+        def weight(name: str) -> Tensor:
+            tensor = self.probe_weight(name)
+            return tensor.to(widened(tensor.dtype))
+
+        return evaluate(outputs, start | given, weight, widen=True)
 
     def probe_weight(self, name: str) -> Tensor:
         weight = self.program.weights[name]
@@ -265,12 +277,12 @@ class Path:
         return int(self.finder.shapes[self.projection.node].shape[-1])
 
     def push(self, rows: Tensor) -> Tensor:
-        """The operand [N, Hx, S, D] when the projection gives `rows` [N, S, R]."""
+        """The operand [N, Hx, S, D] when the projection gives `rows` [N, S, R]; no half precision on the way."""
         batch, length, count = rows.shape
         shape = self.finder.shapes[self.projection.node].shape
         value = rows.reshape(batch * length, count) if len(shape) == 2 else rows
-        value = value.to(self.finder.shapes[self.projection.node].dtype)
-        result: Tensor = self.finder.run([self.target], {self.projection.node: value}, batch, length)[0]
+        value = value.to(widened(self.finder.shapes[self.projection.node].dtype))
+        result: Tensor = self.finder.run([self.target], {self.projection.node: value}, batch, length, widen=True)[0]
         return result.double()
 
     @cached_property
