@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvpass.export.program_folder import copy_companions
-from kvpass.ir.storage import StreamWriter
-from kvpass.output import output_folder
 from torch import Tensor, fx
 
 from kvpass.capture import capture, capture_config
 from kvpass.errors import CheckError, KvpassError, UnsupportedError
+from kvpass.export.program_folder import copy_companions
 from kvpass.ir.check import compare
 from kvpass.ir.execute import evaluate
 from kvpass.ir.fold import fold_weights
@@ -29,6 +27,8 @@ from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program, output_node, placeholder
 from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
 from kvpass.ir.sites import Path as OperandPath
+from kvpass.ir.storage import StreamWriter
+from kvpass.output import output_folder
 
 if TYPE_CHECKING:
     from kvpass.manager import Report

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvpass.ir.storage import SafetensorsStore, StreamWriter
-from kvpass.output import output_folder
 
 from kvpass.errors import SourceError
 from kvpass.ir.fold import fold_weights
 from kvpass.ir.program import ModelFacts, Program, Weight
 from kvpass.ir.serialize import graph_from_json, graph_to_json
+from kvpass.ir.storage import SafetensorsStore, StreamWriter
+from kvpass.output import output_folder
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed

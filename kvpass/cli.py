@@ -8,7 +8,9 @@ Whatever is slow to import is imported inside the commands.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import math
 import os
 import signal
@@ -364,7 +366,8 @@ def _check_expressible(source: str | Transformed, recipe: Recipe) -> None:
     from kvpass.ir.check import plan_of
     from kvpass.manager import make_plan
 
-    program = capture(source, weights=False) if isinstance(source, str) else source.program
+    with _hushed():
+        program = capture(source, weights=False) if isinstance(source, str) else source.program
     before, after = plan_of(program), make_plan(program, recipe.passes)
     counts = sorted({layer.kv_heads for layer in after})
     if len(counts) > 1:
@@ -408,7 +411,7 @@ def generate(
     """
     with _session(as_json) as out:
         text = sys.stdin.read() if prompt == "-" else prompt
-        decoder = _decoder(model, device, dtype)
+        _check_source(model)
 
         import torch
 
@@ -421,6 +424,7 @@ def generate(
             if text:
                 what, fix = "the tokenizer makes no tokens of the prompt", "put the model's tokenizer files beside it"
             raise RequestError(what, where=model if text else "--prompt", fix=fix)
+        decoder = _decoder(model, device, dtype)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if temperature != 0 and (temperature, top_p, top_k) != (None, None, None):
             chosen = {"temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": top_k or 0}
@@ -690,7 +694,8 @@ def _decoder(model: str, device: str | None, dtype: Dtype | None) -> Transformed
 
     import kvpass
 
-    return kvpass.transform(source, verify="off", device=device, dtype=_dtype(dtype), progress=False)
+    with _hushed():
+        return kvpass.transform(source, verify="off", device=device, dtype=_dtype(dtype), progress=False)
 
 
 def _inspect(model: str) -> ModelSummary:
@@ -698,7 +703,8 @@ def _inspect(model: str) -> ModelSummary:
 
     from kvpass import api
 
-    return api.inspect(source) if isinstance(source, str) else api.summarize(source.program)
+    with _hushed():
+        return api.inspect(source) if isinstance(source, str) else api.summarize(source.program)
 
 
 def _dtype(dtype: Dtype | None) -> torch.dtype | None:
@@ -788,14 +794,27 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules and os.environ["TRANSFORMERS_VERBOSITY"] == "error":
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", module=r"kvpass\.")
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    level = logging.root.manager.disable
+    if "TORCH_LOGS" not in os.environ and os.environ["TRANSFORMERS_VERBOSITY"] == "error":
+        logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", module=r"kvpass\.")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing on stderr: torch.export prints the graph as far as it came when it gives up."""
+    with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 

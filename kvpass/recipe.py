@@ -11,7 +11,7 @@ Passes run in the order in which they stand. A key that a pass does not have is 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -135,8 +135,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return str(value)
-
-
-def dump_passes(passes: Sequence[Pass]) -> list[dict[str, Any]]:
-    """Passes as plain values, for JSON."""
-    return [{"name": p.key(), **p.options()} for p in passes]

@@ -18,6 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor, fx
+
+from kvpass.errors import CheckError, PlanError, UnsupportedError
+from kvpass.ir.execute import ancestors, evaluate, in_order
+from kvpass.ir.plan import CachePlan
+from kvpass.ir.program import Program, Role, Weight, aten, insert_call, output_node, placeholder, sweep
+from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
+from kvpass.ir.staged import Staged, block
+from kvpass.ir.storage import first_nonfinite
 from kvpass.passes.base import Context, Effect, Pass, Rewritten
 from kvpass.passes.head_merge import (
     HeadMerge,
@@ -29,14 +38,6 @@ from kvpass.passes.head_merge import (
     symmetric_transform,
 )
 from kvpass.passes.split_projections import FACT, insert_at, rebuild
-from torch import Tensor, fx
-
-from kvpass.errors import CheckError, PlanError, UnsupportedError
-from kvpass.ir.execute import ancestors, evaluate, in_order
-from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import Program, Role, Weight, aten, insert_call, output_node, placeholder, sweep
-from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
-from kvpass.ir.staged import Staged, block
 
 Refit = Literal["none", "o_proj", "distill"]
 
@@ -162,6 +163,7 @@ class _Job:
             else:
                 stats = _data_free(site, operands, self.bases[layer])
             merge = merge_heads(stats, self.bases[layer], self.counts[layer], options.method, self._grouping(site))
+            del stats, operands
             self._set(layer, site, merge)
             record: dict[str, Any] = {
                 "layer": layer,
@@ -490,8 +492,8 @@ def _basis(site: AttentionSite) -> KeyBasis:
 
 @dataclass(frozen=True)
 class _Operands:
-    """A site's weights by head, in float64: wq [H,D,C], wk [Hkv,D,C], wv [Hkv,Dv,C], wo [H,hidden,Dv], biases or
-    None."""
+    """A site's weights by head, in their own dtype: wq [H,D,C], wk [Hkv,D,C], wv [Hkv,Dv,C], wo [H,hidden,Dv], biases
+    or None."""
 
     wq: Tensor
     wk: Tensor
@@ -507,18 +509,18 @@ def _operand_weights(program: Program, site: AttentionSite) -> _Operands:
     biases: dict[str, Tensor | None] = {}
     for operand, heads in (("q", site.heads), ("k", site.kv_heads), ("v", site.kv_heads)):
         projection = site.path(operand).projection  # type: ignore[arg-type]
-        weight = program.fold(projection.weight).double()
-        if not bool(torch.isfinite(weight).all()):
+        weight = program.fold(projection.weight)
+        if first_nonfinite(weight) is not None:
             raise CheckError(
                 f"the {operand} projection of layer {site.layer} holds a NaN or an infinity",
                 where=weight_name(projection.weight),
                 fix="the checkpoint is damaged; get it again",
             )
         found[operand] = weight.reshape(heads, -1, weight.shape[-1])
-        biases[operand] = None if projection.bias is None else program.fold(projection.bias).double().reshape(heads, -1)
+        biases[operand] = None if projection.bias is None else program.fold(projection.bias).reshape(heads, -1)
     output = site.output
-    wo = program.fold(output.projection.weight).double()
-    if not bool(torch.isfinite(wo).all()):
+    wo = program.fold(output.projection.weight)
+    if first_nonfinite(wo) is not None:
         raise CheckError(
             f"the output projection of layer {site.layer} holds a NaN or an infinity",
             where=weight_name(output.projection.weight),

@@ -123,30 +123,49 @@ class SiteStats:
         bv: Tensor | None = None,
     ) -> SiteStats:
         """The moments that inputs of unit covariance would give: weights wq [H, D, C], wk [Hkv, D, C], wv [Hkv, Dv, C],
-        wo [H, hidden, Dv], and biases by head. A key's bias is the same for all keys, so it does not count."""
-        kv, value_dim, width = wv.shape
-        ratio = wq.shape[0] // kv
-        z = basis.complex(wk.transpose(1, 2)).permute(2, 0, 1)  # [P, Hkv, C]
-        loose = wk[:, basis.rest].reshape(-1, width)
-        queries = wq if bq is None else torch.cat([wq, bq.unsqueeze(-1)], dim=-1)
-        zq = basis.complex(queries.transpose(1, 2))  # [H, C, P]
-        energy = zq.abs().pow(2).sum(1).reshape(kv, ratio, -1).sum(1).T
-        free_q = queries[:, basis.rest].unflatten(0, (kv, ratio))
-        values = wv if bv is None else torch.cat([wv, bv.unsqueeze(-1)], dim=-1)
-        flat = values.reshape(kv * value_dim, -1)
+        wo [H, hidden, Dv], and biases by head, in any dtype. A key's bias is the same for all keys, so it does not
+        count. All moments are sums over C: a few of its columns at a time are in float64."""
+        kv, value_dim, _ = wv.shape
+        ratio, pairs, loose = wq.shape[0] // kv, len(basis.pairs), len(basis.free)
+        key_cov = torch.zeros((pairs, kv, kv), dtype=torch.complex128)
+        key_free = torch.zeros((kv * loose, kv * loose), dtype=torch.float64)
+        energy = torch.zeros((pairs, kv), dtype=torch.float64)
+        query_free = torch.zeros((kv, loose, loose), dtype=torch.float64)
+        value_cov = torch.zeros((kv * value_dim,) * 2, dtype=torch.float64)
+        for keys in _columns(wk, None):
+            z = basis.complex(keys.transpose(1, 2)).permute(2, 0, 1)  # [P, Hkv, c]
+            key_cov += z @ z.mH
+            rows = keys[:, basis.rest].flatten(0, 1)
+            key_free.addmm_(rows, rows.T)
+        for queries in _columns(wq, bq):
+            zq = basis.complex(queries.transpose(1, 2))  # [H, c, P]
+            energy += zq.abs().pow(2).sum(1).reshape(kv, ratio, -1).sum(1).T
+            free_q = queries[:, basis.rest].unflatten(0, (kv, ratio))
+            query_free += torch.einsum("krfc,krgc->kfg", free_q, free_q)
+        for values in _columns(wv, bv):
+            rows = values.flatten(0, 1)
+            value_cov.addmm_(rows, rows.T)
         return SiteStats(
-            key_cov=z @ z.mH,
-            key_free_cov=loose @ loose.T,
+            key_cov=key_cov,
+            key_free_cov=key_free,
             query_energy=energy,
-            query_free_cov=torch.einsum("krfc,krgc->kfg", free_q, free_q),
-            value_cov=flat @ flat.T,
+            query_free_cov=query_free,
+            value_cov=value_cov,
             out_gram=output_gram(wo, kv),
         )
 
 
+def _columns(weight: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
+    """Some columns [heads, D, c] of a weight [heads, D, C] at a time in float64, then its bias as one more column."""
+    for part in weight.split(_COLUMNS, dim=-1):
+        yield part.double()
+    if bias is not None:
+        yield bias.double().unsqueeze(-1)
+
+
 def output_gram(wo: Tensor, kv_heads: int) -> Tensor:
     """W_O^T W_O [Hkv, Dv, Dv] per KV head, from wo [H, hidden, Dv]."""
-    gram = torch.einsum("hxd,hxe->hde", wo, wo)
+    gram = torch.stack([head.T @ head for head in (part.double() for part in wo)])
     return gram.reshape(kv_heads, -1, *gram.shape[1:]).sum(1)
 
 
@@ -196,19 +215,16 @@ def merge_heads(
     heads = stats.kv_heads
     assert heads % count == 0, f"{count} groups of {heads} heads"
     key_total, value_total = _totals(stats)
-    known: dict[tuple[int, ...], _Merged] = {}
-
-    def merged(members: tuple[int, ...]) -> _Merged:
-        if members not in known:
-            known[members] = _merge_group(stats, basis, members, method)
-        return known[members]
+    known: dict[tuple[int, ...], float] = {}  # costs, not maps: a search looks at hundreds of groups
 
     def cost(members: tuple[int, ...]) -> float:
-        found = merged(members)
-        return found.key_lost / key_total + found.value_lost / value_total
+        if members not in known:
+            found = _merge_group(stats, basis, members, method)
+            known[members] = found.key_lost / key_total + found.value_lost / value_total
+        return known[members]
 
     groups = contiguous(heads, count) if grouping == "contiguous" else search_groups(heads, count, cost)
-    chosen = [merged(g) for g in groups]
+    chosen = [_merge_group(stats, basis, g, method) for g in groups]
     size, value_dim = 2 * len(basis.pairs) + len(basis.free), stats.out_gram.shape[-1]
     query_map = torch.zeros((heads, size, size), dtype=torch.float64)
     out_map = torch.zeros((heads, value_dim, value_dim), dtype=torch.float64)

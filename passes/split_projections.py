@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from kvpass.passes.base import Context, Effect, Pass, Rewritten
 from torch import Tensor, fx
 
 from kvpass.errors import CheckError, UnsupportedError
 from kvpass.ir.program import Program, Weight, aten, insert_call, placeholder, sweep
-from kvpass.ir.sites import AttentionSite, Operand, Path, Refusal, SiteFinder
+from kvpass.ir.sites import AttentionSite, Path, Refusal, SiteFinder
+from kvpass.passes.base import Context, Effect, Pass, Rewritten
 
 FACT = "separate projections"
 
@@ -267,8 +267,3 @@ def _prove_heads(
             f"with {heads} heads, the path of an operand computes something else than with {path.heads}",
             where=f"{path.target.name}",
         )
-
-
-def operand_names() -> tuple[Operand, Operand, Operand]:
-    """q, k and v, in the order in which attention takes them."""
-    return ("q", "k", "v")

@@ -12,15 +12,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from families import VOCAB, build
-from kvpass.passes import group_heads, head_merge
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner, Result
 
 import kvpass
+from families import VOCAB, build
 from kvpass import api, cli
+from kvpass.passes import group_heads, head_merge
 
 PLAIN = "It was the best of times, it was the worst of times. " * 40
 
@@ -122,8 +122,8 @@ def test_a_checkpoint_is_compared_with_transformers(model: str, tmp_path: Path) 
     assert (last["name"], last["passed"]) == ("logits equal those of transformers", True)
 
 
-def test_generation_is_greedy_unless_asked(model: str) -> None:
-    words = ("generate", model, "--prompt", "It was", "--max-new-tokens", "8")
+def test_generation_is_greedy_unless_asked(slim: str) -> None:
+    words = ("generate", slim, "--prompt", "It was", "--max-new-tokens", "8")
     greedy = document(*words)
     assert greedy["prompt_tokens"] == 6
     assert greedy["text"].startswith("It was")
@@ -266,6 +266,14 @@ def test_devices_and_prompts_are_checked(model: str) -> None:
     words = ("generate", model, "--max-new-tokens", "2", "--prompt")
     assert "the prompt is empty" in refusal(*words, "")
     assert "cannot be used here" in refusal(*words, "a", "--device", "cuda:99")
+
+
+def test_what_export_prints_when_it_gives_up_is_left_out(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    build("llama", rope_parameters=rope).save_pretrained(tmp_path)
+    message = refusal("inspect", str(tmp_path))
+    assert message.count("\n") <= 4
+    assert "seq_len" in message
 
 
 def test_usage_errors_are_documents_too(model: str) -> None:

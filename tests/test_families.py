@@ -1,9 +1,10 @@
-"""Every family of transformers in the table of the docs, and decoders that no library has: `properties` says what holds."""
+"""Every family in the table of the docs, and decoders that no library has; `properties` says what must hold."""
+
+import pytest
 
 import decoders
 import families
 import properties
-import pytest
 
 # what is refused, and the words of the reason
 MHA_ONLY = "config cannot express 2 KV heads"

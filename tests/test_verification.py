@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import DECODERS, NEGATIVE, NegativeBase
-from families import build
-from kvpass.passes.group_heads import GroupHeads
 from torch import Tensor, nn
 
 import kvpass
+from decoders import DECODERS, NEGATIVE, NegativeBase
+from families import build
 from kvpass.errors import CaptureError, CheckError
+from kvpass.passes.group_heads import GroupHeads
 from kvpass.runtime.state import State
 from kvpass.verification import check_cache, verify
 

@@ -233,20 +233,17 @@ def _load_all(program: Program, source: str, config: Any, dtype: torch.dtype) ->
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"transformers cannot load the weights: {error}", where=source) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise SourceError(
+            f"the checkpoint does not hold {len(missing)} of the model's tensors: {', '.join(missing[:3])}",
+            where=source,
+            fix="download it again, or give the checkpoint of a language model with its head",
+        )
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, weight in list(program.weights.items()):
         if not weight.constant or weight.persistent:
             program.weights[name] = Weight.of(tensors[name], constant=weight.constant, persistent=weight.persistent)
-
-
-def has_numbers(program: Program) -> bool:
-    """Whether the program's weights can be read (a dry run has shapes only)."""
-    for weight in program.weights.values():
-        if not weight.constant:
-            tensor = weight.read() if weight.nbytes < 1 << 16 else None
-            if tensor is not None:
-                return not isinstance(tensor, FakeTensor)
-    return not any(isinstance(w.read(), FakeTensor) for w in list(program.weights.values())[:1] if not w.constant)

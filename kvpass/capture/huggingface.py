@@ -116,13 +116,15 @@ def read_config(source: str) -> Any:
     Raises:
         SourceError: there is no config, or no causal language model for it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        told = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise SourceError(
-            f"no Hugging Face model can be read from {source!r}: {str(error).strip().splitlines()[0]}",
+            f"no Hugging Face model can be read from {source!r}: {told}",
             where=str(source),
             fix="give a folder with config.json and *.safetensors, or the id of a model that is in the local cache",
         ) from error

@@ -44,7 +44,7 @@ def trace(
     with fake:
         ids = torch.zeros((EXAMPLE_BATCH, EXAMPLE_LENGTH), dtype=torch.long, device=device)
     auto = torch.export.Dim.AUTO
-    was_training = module.training
+    training = [m for m in module.modules() if m.training]  # parts of a model may be frozen, so each on its own
     module.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -68,7 +68,8 @@ def trace(
             "Python control flow on the values of tensors",
         ) from error
     finally:
-        module.train(was_training)
+        for part in training:
+            part.training = True
     if any(_writes_in_place(n) for n in exported.graph.nodes):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -130,7 +130,8 @@ def _expand_einsum(program: Program, node: fx.Node) -> None:
     right_order = [b.index(c) for c in (*batch, *summed, *columns)]
     out_order = [[*batch, *rows, *columns].index(c) for c in result]
     x, y = operands
-    assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(y, fx.Node)
     if left_order != [0, 1, 2, 3]:
         x = insert_call(graph, node, aten.permute.default, x, left_order)
     if right_order != [0, 1, 2, 3]:
@@ -314,7 +315,7 @@ def _score_function(scores, q: Tensor, k: Tensor, resting: Tensor, where: str) -
         raise CaptureError(
             "the function between the attention scores and their softmax is neither a scale nor a soft-cap",
             where=where,
-            fix="kvpass understands softmax(scale * q.k) and softmax(cap * tanh(scale * q.k / cap)), masked or with ALiBi",
+            fix="kvpass understands softmax(scale * q.k), softmax(cap * tanh(scale * q.k / cap)), masks and ALiBi",
         )
     return _round(slope), _round(softcap)
 

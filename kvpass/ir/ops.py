@@ -8,7 +8,6 @@ Shapes: B batch, S query length, T key length, H query heads, Hkv KV heads, D he
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -368,8 +367,3 @@ REFERENCES: dict[Any, Any] = {
     torch.ops.kvpass.attend.default: attend_reference,
 }
 """What the torch lowering calls in place of each op: the same meaning without the dispatcher's cost per call."""
-
-
-def default_scale(head_dim: int) -> float:
-    """The usual 1 / sqrt(head_dim)."""
-    return 1.0 / math.sqrt(head_dim)

@@ -64,7 +64,8 @@ class Staged:
         order = {n: i for i, n in enumerate(todo)}
         for source in {s for n in todo for s in n.all_input_nodes} - keep:
             if all(u in self.done or u in members for u in source.users):
-                last.setdefault(max((u for u in source.users if u in members), key=order.__getitem__), []).append(source)
+                reader = max((u for u in source.users if u in members), key=order.__getitem__)
+                last.setdefault(reader, []).append(source)
         with torch.no_grad():
             for environment in self.environments:
                 for node in todo:

@@ -6,17 +6,17 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import decoders
-import families
 import pytest
 import torch
-from kvpass.passes import GroupHeads, group_heads
 
+import decoders
+import families
 import kvpass
 from kvpass.errors import CheckError, PlanError, RequestError
 from kvpass.ir.check import compare
 from kvpass.ir.sites import AttentionSite
 from kvpass.ir.storage import SafetensorsStore
+from kvpass.passes import GroupHeads, group_heads
 
 METHODS = ("mean", "first", "procrustes", "pca")
 BOOKWORM = Path(__file__).parents[2] / "examples" / "bookworm"
