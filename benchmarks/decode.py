@@ -233,8 +233,8 @@ def report(figures: list[dict[str, Any]], arguments: argparse.Namespace) -> None
         "Decode of a 100M Llama (12 layers, 768 wide, 12/4 heads, float32) on a CPU",
         ["runner", "context", "batch", "prefill", "per token", "x faster", "aim", "of read floor", "same tokens"],
         rows,
-        f"medians of {arguments.repeat} runs of {arguments.new} tokens, in turn; x faster: than transformers' generate; of read "
-        "floor: time to read the weights and the cache once at the measured bandwidth, over the time per token",
+        f"medians of {arguments.repeat} runs of {arguments.new} tokens, in turn; x faster than transformers' generate; "
+        "of read floor: time to read weights and cache once at the measured bandwidth, over the time per token",
     )
 
 

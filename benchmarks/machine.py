@@ -72,7 +72,7 @@ def _cpu() -> str:
 def parser(description: str) -> argparse.ArgumentParser:
     """Arguments that every benchmark has."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the figures (default: results/NAME.json)")
+    found.add_argument("--json", nargs="?", const="", metavar="FILE", help="write figures (to results/NAME.json)")
     found.add_argument("--threads", type=int, default=THREADS, help="threads to compute with")
     return found
 

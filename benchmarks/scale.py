@@ -137,9 +137,9 @@ def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
             ]
         )
     show(
-        f"Conversion of a {size / 1e9:.1f} GB Llama checkpoint ({layers} layers, 4096 wide, 32/32 heads, bfloat16, shards "
-        f"of 1 GB, largest tensor {largest / 1e9:.2f} GB)",
-        ["fresh process", "wall time", "read per second", "written", "peak memory", f"size / peak (aim {RATIO_AIM:.0f})"],
+        f"Conversion of a {size / 1e9:.1f} GB Llama checkpoint ({layers} layers, 4096 wide, 32/32 heads, bfloat16, "
+        f"shards of 1 GB, largest tensor {largest / 1e9:.2f} GB)",
+        ["fresh process", "wall time", "read per s", "written", "peak memory", f"size / peak (aim {RATIO_AIM:.0f})"],
         rows,
         f"median of {arguments.repeat}, in turn; whole processes with their imports; output synced to the disk",
     )

@@ -122,21 +122,24 @@ def layer_table(name: str, model: Transformed) -> Table:
 
 def generate(folder: Path, model: Transformed, console: Console) -> str:
     """Text from the saved folder, by transformers alone, and whether kvpass agrees token by token."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    greedy = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        theirs = plain.generate(ids, **options)
-        ours = model.generate(ids, **options)
+        theirs = plain.generate(ids, **greedy)
+        ours = model.generate(ids, **greedy)
+        torch.manual_seed(0)
+        sampled = plain.generate(ids, max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=0)
     same = int((theirs[0, : ours.shape[1]] == ours[0, : theirs.shape[1]]).sum()) - ids.shape[1]
     console.print(
-        f"AutoModelForCausalLM reads num_key_value_heads = {plain.config.num_key_value_heads}; greedy, "
-        f"{same} of {theirs.shape[1] - ids.shape[1]} new tokens are those of the program in memory:\n"
+        f"AutoModelForCausalLM reads num_key_value_heads = {plain.config.num_key_value_heads}. Greedy, "
+        f"{same} of {theirs.shape[1] - ids.shape[1]} new tokens are those of the program in memory. Sampled:\n"
     )
-    return str(tokenizer.decode(theirs[0], skip_special_tokens=True))
+    return str(tokenizer.decode(sampled[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

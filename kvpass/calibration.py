@@ -14,6 +14,7 @@ from kvpass.errors import RequestError
 Calibration = str | Path | Iterable[str] | Iterable[Tensor]
 WINDOW, WINDOWS, PER_BATCH = 256, 128, 8
 LEAST_TOKENS = 512
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -24,14 +25,14 @@ def load_tokenizer(folder: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    advice = "give token-id tensors instead of text, or put the tokenizer's files beside the model"
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise RequestError("the model's folder holds no tokenizer", where=folder, fix=advice)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise RequestError(
-            f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}",
-            where=folder,
-            fix="give calibration as token-id tensors, or put the tokenizer's files beside the model",
-        ) from error
+        told = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise RequestError(f"the tokenizer cannot be loaded: {told}", where=folder, fix=advice) from error
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:

@@ -506,7 +506,7 @@ def evaluate(
         found: dict[str, quality.Retrieval] = {}
         if retrieval:
             with _working(as_json, "asking for pass keys"):
-                found = quality.retrieval(runs, quality.planted_fact(tokenizer, content, length=context, seed=seed))
+                found = quality.recall(runs, quality.planted_fact(tokenizer, content, length=context, seed=seed))
             out.document["retrieval"] = {name: result.to_dict() for name, result in found.items()}
         if as_json:
             return

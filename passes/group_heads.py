@@ -11,9 +11,10 @@ What is lost is measured, per layer by the KL of swapping that layer alone.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -162,7 +163,8 @@ class _Job:
                 stats = _measure(site, teacher, operands, self.bases[layer])
             else:
                 stats = _data_free(site, operands, self.bases[layer])
-            merge = merge_heads(stats, self.bases[layer], self.counts[layer], options.method, self._grouping(site))
+            with _one_thread():  # many small factorisations: threads only wait for one another
+                merge = merge_heads(stats, self.bases[layer], self.counts[layer], options.method, self._grouping(site))
             del stats, operands
             self._set(layer, site, merge)
             record: dict[str, Any] = {
@@ -456,6 +458,16 @@ def merge_constants(merge: HeadMerge, heads: int, kv_heads: int) -> dict[str, Te
 
 
 # ---------------------------------------------------------------------- what the merge needs to know
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _basis(site: AttentionSite) -> KeyBasis:

@@ -33,6 +33,8 @@ Groups = tuple[tuple[int, ...], ...]
 
 EXHAUSTIVE = 3000  # partitions that are all tried; beyond, groups are grown and then improved by swaps
 JOINT_SEARCH = 16  # heads above which a group's cost is taken as the sum of its pairs'
+_COLUMNS = 512  # input columns in float64 at a time
+ROUNDS, SETTLED = 15, 1e-4  # of Procrustes alignment, and the movement below which it has converged
 RIDGE = 1e-9  # of the mean eigenvalue, where a weighting matrix is inverted
 
 
@@ -343,8 +345,11 @@ def _merge_pairs(cov: Tensor, energy: Tensor, basis: KeyBasis, method: Method) -
         weight = torch.ones_like(energy) if method == "procrustes" else _weights(energy)
         weighted = weight.unsqueeze(2) * cov * weight.unsqueeze(1)
         c = _unit(torch.linalg.eigh(weighted).eigenvectors[..., -1])
-        for _ in range(50):
-            c = _unit((weighted @ c.unsqueeze(2)).squeeze(2), c)
+        for _ in range(ROUNDS):
+            turned = _unit((weighted @ c.unsqueeze(2)).squeeze(2), c)
+            moved, c = float((turned - c).abs().max()), turned
+            if moved < SETTLED:
+                break
         c = c * _unit(c[:, :1]).conj()
         b = c.conj() / members
         return b, c, lost(b, c)
@@ -411,14 +416,17 @@ def _merge_vectors(cov: Tensor, gram: Tensor, method: Method, full: bool) -> tup
         best = min(choices, key=lambda forward: lost(forward, same))
         return best, same, lost(best, same)
     if method == "procrustes":
-        turns = [eye] * members
-        for _ in range(30):
-            forward = torch.cat(turns, dim=1) / members
-            crossed = (forward @ flat).reshape(dim, members, dim)
-            turns = [_closest_turn(crossed[:, h]) for h in range(members)]
-        turns = [turns[0].T @ t for t in turns]
-        forward = torch.cat(turns, dim=1) / members
-        backward = [t.T for t in turns]
+        spectral = torch.linalg.eigh(flat).eigenvectors[:, -dim:].reshape(members, dim, dim)
+        turns = _closest_turn(spectral.mT)  # close to the answer already
+        for _ in range(ROUNDS):
+            forward = turns.permute(1, 0, 2).reshape(dim, members * dim) / members
+            turned = _closest_turn((forward @ flat).reshape(dim, members, dim).permute(1, 0, 2))
+            moved, turns = float((turned - turns).abs().max()), turned
+            if moved < SETTLED:
+                break
+        turns = turns[0].T @ turns
+        forward = turns.permute(1, 0, 2).reshape(dim, members * dim) / members
+        backward = list(turns.mT)
         return forward, backward, lost(forward, backward)
     roots, inverses = _root(gram)
     scaled = torch.einsum("hij,hjgk,gkl->higl", roots, cov, roots).reshape(members * dim, members * dim)
@@ -434,7 +442,7 @@ def _merge_vectors(cov: Tensor, gram: Tensor, method: Method, full: bool) -> tup
 
 
 def _closest_turn(cross: Tensor) -> Tensor:
-    """The orthogonal R that maximises tr(R^T cross): R x is closest to y for cross = E[y x^T] (Procrustes)."""
+    """The orthogonal R [..., D, D] of largest tr(R^T cross): R x is closest to y for cross = E[y x^T] (Procrustes)."""
     left, _, right = torch.linalg.svd(cross)
     return left @ right
 

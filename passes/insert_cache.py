@@ -126,7 +126,9 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
             mask = node.args[5] if len(node.args) > 5 else None
             if isinstance(mask, fx.Node):
                 table = _square_table(mask, small, large, tables)
-                arguments[5] = _read_mask(graph, copied, _table_input(graph, anchor, table, inputs), positions)
+                between = small[mask].dim() - len(table.batch_axes) - 2
+                rows = _table_input(graph, anchor, table, inputs)
+                arguments[5] = _read_mask(graph, copied, rows, positions, between)
             copied.target = ATTEND
             copied.args = (*arguments[:3], caches[2 * layer], caches[2 * layer + 1], starts, *arguments[3:])
             copied.kwargs = {**copied.kwargs, "end": end, "ragged": ragged}
@@ -263,9 +265,13 @@ def _read(
     return permuted
 
 
-def _read_mask(graph: fx.Graph, before: fx.Node, table_input: fx.Node, positions: fx.Node) -> fx.Node:
-    """Rows of a mask table [T, H|1, T] -> [B, H|1, S, T]."""
-    gathered = insert_call(graph, before, aten.index.Tensor, table_input, [positions])
+def _read_mask(graph: fx.Graph, before: fx.Node, rows: fx.Node, positions: fx.Node, between: int) -> fx.Node:
+    """Rows of a mask table [T, T], [T, H|1, T] or [T, 1, H|1, T] (0, 1 or 2 axes between) -> [B, H|1, S, T]."""
+    gathered = insert_call(graph, before, aten.index.Tensor, rows, [positions])
+    if between == 0:
+        return insert_call(graph, before, aten.unsqueeze.default, gathered, 1)
+    if between == 2:
+        gathered = insert_call(graph, before, aten.squeeze.dim, gathered, 2)
     return insert_call(graph, before, aten.permute.default, gathered, [0, 2, 1, 3])
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kvpass.capture import huggingface
 from kvpass.capture.module import trace
@@ -226,7 +225,14 @@ def resolve_folder(source: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, local_files_only=True))
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{source!r} is no folder, and no model of the local Hugging Face cache",
+            where=source,
+            fix=f"give a folder with config.json and *.safetensors, or run `hf download {source}` first",
+        ) from error
 
 
 def _load_all(program: Program, source: str, config: Any, dtype: torch.dtype) -> None:

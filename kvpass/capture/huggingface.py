@@ -120,13 +120,13 @@ def read_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         told = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise SourceError(
             f"no Hugging Face model can be read from {source!r}: {told}",
             where=str(source),
-            fix="give a folder with config.json and *.safetensors, or the id of a model that is in the local cache",
+            fix="give a folder with config.json and *.safetensors, or the id of a model that `hf download` has fetched",
         ) from error
     return config
 

@@ -7,6 +7,7 @@ nothing. The weights are not touched: a module whose parameters are fake tensors
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,8 @@ def trace(
     training = [m for m in module.modules() if m.training]  # parts of a model may be frozen, so each on its own
     module.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # where it gives up, export prints the whole graph; the error that is raised below says what matters
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 wrapped,

@@ -85,11 +85,13 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     row, column = torch.arange(size).view(-1, 1), torch.arange(size)
     ahead = ~hidden & (column > row)
     if bool(ahead.any()):
-        _, i, j = (int(x) for x in ahead.nonzero()[0])
+        raise _looks_ahead(layer, *ahead.nonzero()[0, 1:].tolist())
+    if bool((hidden.all(dim=-1, keepdim=True) & (longest > -torch.inf)).any()):
         raise CaptureError(
-            f"the attention of layer {layer} looks ahead: token {i} reads token {j}",
+            f"in layer {layer} a token may read nothing, and its scores are hidden by a finite number: its softmax "
+            "averages over all tokens, later ones too",
             where=where,
-            fix="kvpass rewrites causal decoders; a bidirectional or prefix mask cannot be cached token by token",
+            fix="hide scores with minus infinity, or let every token read itself",
         )
     slopes, _ = _alibi(longest, hidden)
     if slopes is None:
@@ -103,6 +105,9 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     tested = size
     numbers, further = _further(finder, sources, bias_at, longest, max_positions)
     for positions, bias in further:
+        later = (bias[0] >= MASKED) & (positions > positions.view(-1, 1))
+        if bool(later.any()):
+            raise _looks_ahead(layer, *positions[later.nonzero()[0, 1:]].tolist())
         shown = bias[0, 0]
         if slopes:
             shown = shown - slopes[0] * (positions.view(1, -1) - positions.view(-1, 1))
@@ -127,6 +132,14 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
                 f"the mask of layer {layer} at length {length} is no part of the one at {size}", where=where
             )
     return Mask(strict, window, sinks, slopes, tested=tested)
+
+
+def _looks_ahead(layer: int, query: int, key: int) -> CaptureError:
+    return CaptureError(
+        f"the attention of layer {layer} looks ahead: token {query} reads token {key}",
+        where=f"layer {layer}",
+        fix="kvpass rewrites causal decoders; a bidirectional or prefix mask cannot be cached token by token",
+    )
 
 
 def _tabulate(dense: dict[int, Tensor], reason: str, where: str) -> Mask:

@@ -102,4 +102,6 @@ def evaluate(
             users_left[source] -= 1
             if users_left[source] == 0 and source not in keep:
                 env.pop(source, None)
-    return [env[node] for node in outputs]
+    results = [env[node] for node in outputs]
+    env.clear()  # `value_of` calls itself, so what it holds would live on until Python looks for cycles
+    return results

@@ -15,6 +15,8 @@ from torch import Tensor
 
 NEG_INF = float("-inf")
 _ROWS = 256  # query rows per block where the score matrix has to be formed; bounds memory at H * 256 * T
+_FEW = 8  # rows up to which a CPU's product with a weight is bound by reading the weight
+_PIECES = 16  # into which such a weight is divided
 
 
 def visible(
@@ -48,7 +50,7 @@ def _masked_attention(
     q: Tensor,  # [B, H, S, D]
     k: Tensor,  # [B, Hkv, T, D]
     v: Tensor,  # [B, Hkv, T, Dv]
-    seen: Tensor | None,  # bool, broadcastable to [B, 1, S, T]
+    seen: Tensor | None,  # bool, broadcastable to [B, H, S, T]
     bias: Tensor | None,  # float, broadcastable to [B, H, S, T]
     scale: float,
     softcap: float,
@@ -60,30 +62,61 @@ def _masked_attention(
     kv_heads, keys = k.shape[1], k.shape[2]
     group = heads // kv_heads
     packed = q.reshape(batch, kv_heads, group * length, q.shape[3])
+    free = seen is None and bias is None and sink_logits is None and softcap == 0 and not may_be_empty
+    if free and q.dtype == torch.float32:
+        return _read_all(packed, k, v, scale).view(batch, heads, length, v.shape[3])
     scores = torch.matmul(packed, k.transpose(-1, -2)).view(batch, kv_heads, group, length, keys)
     scores = scores * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float()
+
+    def by_group(table: Tensor) -> Tensor:
+        if table.dim() == 4 and table.shape[1] != 1:
+            return table.reshape(table.shape[0], kv_heads, group, table.shape[2], table.shape[3])
+        return table.unsqueeze(1) if table.dim() == 4 else table
+
     if bias is not None:
-        bias = bias.float()
-        if bias.dim() == 4 and bias.shape[1] != 1:
-            bias = bias.reshape(bias.shape[0], kv_heads, group, bias.shape[2], bias.shape[3])
-        elif bias.dim() == 4:
-            bias = bias.unsqueeze(1)
-        scores = scores + bias
+        scores = scores + by_group(bias.float())
     if seen is not None:
-        scores = scores.masked_fill(~(seen.unsqueeze(1) if seen.dim() == 4 else seen), NEG_INF)
+        scores = scores.masked_fill(~by_group(seen), NEG_INF)
     if sink_logits is not None:
         sink = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, length, 1)
         probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
     else:
-        probabilities = torch.softmax(scores, dim=-1)
-        if may_be_empty:
+        if may_be_empty:  # filled before the softmax too: a NaN that is overwritten still has a NaN for a gradient
             empty = torch.isneginf(scores).all(dim=-1, keepdim=True)
-            probabilities = probabilities.masked_fill(empty, 0.0)
+            probabilities = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+        else:
+            probabilities = torch.softmax(scores, dim=-1)
     probabilities = probabilities.to(v.dtype).view(batch, kv_heads, group * length, keys)
     return torch.matmul(probabilities, v).view(batch, heads, length, v.shape[3])
+
+
+def _read_all(packed: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Softmax attention of a few packed query rows [B, Hkv, R, D] that read every key.
+
+    Keys stand on the left of the product, so that the matrix that is read from memory is read as it lies there.
+    """
+    scores = torch.matmul(k, (packed * scale).transpose(-1, -2)).transpose(-1, -2)  # [B, Hkv, R, T]
+    return torch.matmul(torch.softmax(scores, dim=-1), v)
+
+
+def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, its weight divided among the threads where there are few rows.
+
+    A product of one row with a float32 matrix is computed by one CPU thread, however many there are; a batch of
+    products with pieces of the matrix is computed by all of them, and nothing is copied.
+    """
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    out, width = weight.shape
+    few = 0 < rows <= _FEW and x.dtype == torch.float32 and weight.is_contiguous() and x.device.type == "cpu"
+    if not few or out % _PIECES or torch.is_grad_enabled() or torch.get_num_threads() == 1:
+        return torch.nn.functional.linear(x, weight, bias)
+    pieces = weight.view(_PIECES, out // _PIECES, width).transpose(1, 2)
+    product = torch.bmm(x.reshape(1, rows, width).expand(_PIECES, -1, -1), pieces)  # [pieces, rows, out / pieces]
+    result = product.transpose(0, 1).reshape(*x.shape[:-1], out)
+    return result if bias is None else result + bias
 
 
 def _attend_positions(
@@ -113,30 +146,38 @@ def _attend_positions(
         dot = torch.nn.functional.scaled_dot_product_attention
         if first == 0 and keys == length:
             return dot(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    key_pos = torch.arange(keys, device=q.device)
-    may_be_empty = strict or mask is not None
+    before_all_keys = not isinstance(first, Tensor) and first < 0  # more queries than keys
+    may_be_empty = strict or mask is not None or before_all_keys
     blocks = []
     for start in range(0, length, _ROWS):
         stop = min(start + _ROWS, length)
         rows = torch.arange(start, stop, device=q.device)
-        if uniform:
-            query_pos = (rows + first).view(1, 1, -1, 1)
-        else:
-            assert isinstance(first, Tensor)
+        low, high = 0, keys  # keys that any query of the block may read
+        if isinstance(first, Tensor):
             query_pos = (first.view(-1, 1) + rows).view(-1, 1, stop - start, 1)
-        one_new_token = uniform and length == 1 and keys == first + 1
+        else:
+            query_pos = (rows + first).view(1, 1, -1, 1)
+            high = max(0, min(keys, first + stop)) if causal or strict else keys
+            low = max(0, first + start - window + 1) if window > 0 and sinks == 0 else 0
+        one_new_token = uniform and stop - start == 1 and high == first + stop
+        queries, block_k, block_v = q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high]
+        key_pos = torch.arange(low, high, device=q.device)
         seen = visible(
             query_pos,
             key_pos,
             causal=causal and not one_new_token,
             strict=strict,
-            window=window if window < keys else 0,
+            window=window if window < high - low else 0,
             sinks=sinks,
         )
+        if plain and not may_be_empty and seen is not None and q.device.type == "cpu" and stop - start > _FEW:
+            dot, gqa = torch.nn.functional.scaled_dot_product_attention, bool(q.shape[1] != k.shape[1])
+            blocks.append(dot(queries, block_k, block_v, attn_mask=seen, scale=scale, enable_gqa=gqa))
+            continue
         bias = None
         if mask is not None:
             part = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
-            part = part[..., :keys]
+            part = part[..., low:high] if part.shape[-1] != 1 else part
             if part.dtype == torch.bool:
                 seen = part if seen is None else seen & part
             else:
@@ -146,7 +187,7 @@ def _attend_positions(
             slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * distance
             bias = slope_bias if bias is None else bias + slope_bias
         blocks.append(
-            _masked_attention(q[:, :, start:stop], k, v, seen, bias, scale, softcap, sink_logits, may_be_empty)
+            _masked_attention(queries, block_k, block_v, seen, bias, scale, softcap, sink_logits, may_be_empty)
         )
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 

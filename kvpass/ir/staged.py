@@ -87,19 +87,22 @@ class Staged:
 
 def call(node: fx.Node, environment: dict[fx.Node, Any], shared: dict[fx.Node, Any], device: torch.device) -> Any:
     """The value of one call, its inputs looked up in two tables; dialect ops run as their references."""
-
-    def value_of(argument: Any) -> Any:
-        if isinstance(argument, fx.Node):
-            return environment[argument] if argument in environment else shared[argument]
-        if isinstance(argument, list | tuple):
-            return type(argument)(value_of(a) for a in argument)
-        if isinstance(argument, torch.device):
-            return device
-        return argument
-
     target = REFERENCES.get(node.target, node.target)
     assert callable(target)
-    return target(*(value_of(a) for a in node.args), **{k: value_of(v) for k, v in node.kwargs.items()})
+    tables = (environment, shared)
+    arguments = [_value_of(a, tables, device) for a in node.args]
+    return target(*arguments, **{k: _value_of(v, tables, device) for k, v in node.kwargs.items()})
+
+
+def _value_of(argument: Any, tables: tuple[dict[fx.Node, Any], ...], device: torch.device) -> Any:
+    """An argument with its nodes looked up; not a closure, whose cycle would hold the tables' tensors."""
+    if isinstance(argument, fx.Node):
+        return next(table[argument] for table in tables if argument in table)
+    if isinstance(argument, list | tuple):
+        return type(argument)(_value_of(a, tables, device) for a in argument)
+    if isinstance(argument, torch.device):
+        return device
+    return argument
 
 
 def block(

@@ -2,15 +2,15 @@
 
 from kvpass.quality.measures import Score, continuation, table
 from kvpass.quality.models import CacheBytes, HuggingFaceModel, HuggingFaceState, Scored, cache_bytes
-from kvpass.quality.recall import train_recall_model
+from kvpass.quality.recall_model import train_recall_model
 from kvpass.quality.retrieval import (
     ALPHABET,
     Alphabet,
     RecallBatch,
     Retrieval,
     planted_fact,
+    recall,
     recall_task,
-    retrieval,
     retrieval_table,
 )
 
@@ -27,8 +27,8 @@ __all__ = [
     "cache_bytes",
     "continuation",
     "planted_fact",
+    "recall",
     "recall_task",
-    "retrieval",
     "retrieval_table",
     "table",
     "train_recall_model",

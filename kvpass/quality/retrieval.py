@@ -104,7 +104,7 @@ class Retrieval:
         return plain(self)
 
 
-def retrieval(
+def recall(
     models: Mapping[str, Scored], task: RecallBatch, *, batch: int = 16, chunk: int | None = None
 ) -> dict[str, Retrieval]:
     """Ask models for facts that lie in their cache: the context by prefill, the questions by decode.

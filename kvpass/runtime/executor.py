@@ -10,11 +10,20 @@ from torch import Tensor, fx, nn
 from kvpass.errors import RequestError
 from kvpass.ir.execute import evaluate
 from kvpass.ir.fold import fold_weights
+from kvpass.ir.ops import linear_few_rows
 from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import Program, placeholder, to_module
+from kvpass.ir.program import Program, aten, placeholder, to_module
 from kvpass.ir.sites import SiteFinder
 from kvpass.passes.insert_cache import Inserted, insert_cache, prove_tables
 from kvpass.runtime.state import State
+
+
+def _divide_products(module: fx.GraphModule) -> None:
+    """Let products with few rows use every thread (cached entries only: `forward` stays what was captured)."""
+    for node in module.graph.nodes:
+        if node.target is aten.linear.default:
+            node.target = linear_few_rows
+    module.recompile()
 
 
 class Executor(nn.Module):
@@ -34,6 +43,9 @@ class Executor(nn.Module):
             tensor = folded.read(name).to(device)
             self._tensors[name] = tensor if weight.constant else nn.Parameter(tensor, requires_grad=False)
         self.entries = {entry: to_module(folded, entry, self._tensors, device) for entry in folded.entries}
+        if device.type == "cpu":
+            for entry in ("prefill", "decode"):
+                _divide_products(self.entries[entry])
         for entry, module in self.entries.items():
             self.add_module(f"entry_{entry}", module)
         self._tables: dict[str, Tensor] = {}
@@ -45,6 +57,7 @@ class Executor(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, V] of token ids [B, S], every token seen at once."""
+        self.check_length(int(input_ids.shape[1]))
         result: Tensor = self.entries["forward"](input_ids.to(self.device))
         return result
 

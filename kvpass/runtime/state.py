@@ -78,8 +78,9 @@ class State:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in that order and with repeats (beam search, leaving a batch)."""
-        if rows.numel() and int(rows.max()) >= self.batch:
-            raise RequestError(f"row {int(rows.max())} does not exist in a batch of {self.batch}")
+        for row in rows.tolist():
+            if not 0 <= row < self.batch:
+                raise RequestError(f"row {row} does not exist in a batch of {self.batch}")
         self.lengths = self.lengths.index_select(0, rows)
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]

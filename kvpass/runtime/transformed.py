@@ -76,8 +76,7 @@ class Transformed(nn.Module):
         """
         ids = self._ids(input_ids)
         batch, length = ids.shape
-        if length == 0:
-            raise RequestError("the prompt is empty", fix="give at least one token per row")
+        _check_prompt(ids)
         if chunk < 1:
             raise RequestError(f"chunk must be at least 1, not {chunk}")
         counts = torch.full((batch,), length) if lengths is None else torch.as_tensor(lengths).cpu().long()
@@ -128,6 +127,7 @@ class Transformed(nn.Module):
         from kvpass.runtime.generation import DecoderForGeneration, config_for_generation, generation_config
 
         ids = self._ids(input_ids)
+        _check_prompt(ids)
         if not self._generator:
             facts = self.program.facts
             config = config_for_generation(facts.config, facts.vocab_size)
@@ -181,3 +181,10 @@ class Transformed(nn.Module):
                     fix="tokenize with this model's own tokenizer",
                 )
         return ids.to(self.device, torch.long)
+
+
+def _check_prompt(ids: Tensor) -> None:
+    if ids.numel() == 0:
+        raise RequestError(
+            f"the prompt is empty: {ids.shape[0]} rows of {ids.shape[1]} tokens", fix="give at least one token per row"
+        )

@@ -1,4 +1,4 @@
-"""What capture refuses: each with the right class, a reason that names the place, and something that the user can do."""
+"""What capture refuses: each with the right class, a reason that names the place, and what the user can do."""
 
 from __future__ import annotations
 

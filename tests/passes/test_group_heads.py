@@ -273,7 +273,9 @@ def test_heads_that_are_copies_are_found_wherever_they_stand():
 
 
 @pytest.mark.parametrize("refit", ["o_proj", "distill"])
-@pytest.mark.parametrize("name", ["llama with biases", "qwen3 with norms of q and k", "gpt2: Conv1D, learned positions"])
+@pytest.mark.parametrize(
+    "name", ["llama with biases", "qwen3 with norms of q and k", "gpt2: Conv1D, learned positions"]
+)
 def test_a_refit_does_not_damage_an_exact_merge(name, refit, calibration):
     known = MODELS[name]
     model = known.build()

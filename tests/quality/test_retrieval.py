@@ -19,8 +19,8 @@ from kvpass.quality import (
     HuggingFaceModel,
     RecallBatch,
     planted_fact,
+    recall,
     recall_task,
-    retrieval,
     retrieval_table,
     train_recall_model,
 )
@@ -115,7 +115,7 @@ def test_facts_stand_everywhere():
 
 def test_a_full_context_is_possible():
     task = recall_task(count=3, length=12, pairs=6)
-    assert retrieval({"all": Lookup()}, task)["all"].accuracy == 1
+    assert recall({"all": Lookup()}, task)["all"].accuracy == 1
 
 
 def test_the_seed_decides():
@@ -138,7 +138,7 @@ def test_impossible_tasks(sizes):
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 def test_what_is_out_of_the_window_is_lost(chunk):
     task = recall_task(seed=1, count=40, length=64, pairs=8)
-    results = retrieval({"all": Lookup(), "half": Lookup(window=32)}, task, batch=7, chunk=chunk)
+    results = recall({"all": Lookup(), "half": Lookup(window=32)}, task, batch=7, chunk=chunk)
     assert results["all"].accuracy == 1
     assert results["all"].by_depth == (1, 1, 1, 1)
     assert results["all"].facts == 320
@@ -154,7 +154,7 @@ def test_what_is_out_of_the_window_is_lost(chunk):
 
 def test_bytes_stand_beside_the_accuracy():
     task = recall_task(count=10, length=64, pairs=8)
-    result = retrieval({"all": Lookup()}, task, batch=4)["all"]
+    result = recall({"all": Lookup()}, task, batch=4)["all"]
     assert result.bytes_per_sequence == 64 * 8  # this state is the tokens themselves, int64
     assert result.bytes_per_token == 8
     assert result.used_bytes_per_token == 8
@@ -176,7 +176,7 @@ def test_a_fact_counts_when_all_its_tokens_are_right():
         "unasked": Prompter(tokens, 7, {(1, 3)}),
         "first": Prompter(tokens, 7, {(1, 1)}),
     }
-    results = retrieval(models, task)
+    results = recall(models, task)
     assert [r.accuracy for r in results.values()] == [1, 0.5, 1, 0.5]
     assert results["slips"].by_depth[0] == 0
     assert results["first"].by_depth[0] == 1
@@ -188,14 +188,14 @@ def test_a_fact_counts_when_all_its_tokens_are_right():
 def test_wrong_requests():
     task = recall_task(count=2)
     with pytest.raises(RequestError, match="no models"):
-        retrieval({}, task)
+        recall({}, task)
     with pytest.raises(RequestError, match="batch"):
-        retrieval({"a": Lookup()}, task, batch=0)
+        recall({"a": Lookup()}, task, batch=0)
     with pytest.raises(RequestError, match="different vocabularies"):
-        retrieval({"a": Lookup(), "b": Lookup(alphabet=SMALL)}, recall_task(count=2, pairs=1, alphabet=SMALL))
+        recall({"a": Lookup(), "b": Lookup(alphabet=SMALL)}, recall_task(count=2, pairs=1, alphabet=SMALL))
     inside = RecallBatch(task.tokens, 100, task.query_positions, task.answers, task.facts, task.depths)
     with pytest.raises(RequestError, match="inside its context"):
-        retrieval({"a": Lookup()}, inside)
+        recall({"a": Lookup()}, inside)
 
 
 # ---------------------------------------------------------------------- a decoder trained for it
@@ -222,7 +222,7 @@ def test_a_trained_decoder_recalls_and_a_cut_cache_forgets(trained, small_task):
         "all lost": Forgetful(trained, 24),
         "windowed": HuggingFaceModel(windowed),
     }
-    results = retrieval(models, small_task)
+    results = recall(models, small_task)
     accuracy = {name: result.accuracy for name, result in results.items()}
     assert accuracy["original"] > 0.9  # chance is 1/8, or 1/4 for one of the values in the context
     assert accuracy["ours"] == accuracy["original"]
@@ -282,7 +282,7 @@ def test_a_pass_key_in_a_book(tokenizer, book):
         question = tokenizer.decode(task.tokens[row, 128 : int(places[0]) + 1])
         assert question.rstrip().endswith("What is the pass key? The pass key is")
     assert task.depths.flatten().tolist() == pytest.approx([(i + 0.5) / 6 for i in range(6)])
-    known = retrieval({"known": Prompter(task.tokens, 4096)}, task)["known"]
+    known = recall({"known": Prompter(task.tokens, 4096)}, task)["known"]
     assert known.accuracy == 1
     assert known.facts == 6
 
@@ -297,7 +297,7 @@ def test_the_filler_of_a_pass_key_is_the_text(tokenizer, book):
 
 def test_bookworm_is_asked_and_does_not_know(tokenizer, book):
     model = HuggingFaceModel(BOOKWORM, device="cpu")
-    result = retrieval({"bookworm": model}, planted_fact(tokenizer, book, count=4, length=96))["bookworm"]
+    result = recall({"bookworm": model}, planted_fact(tokenizer, book, count=4, length=96))["bookworm"]
     assert result.accuracy < 0.5
     console = Console(width=140)
     with console.capture() as printed:
