@@ -136,14 +136,14 @@ def document(results: Sequence[Result], properties: dict[str, str]) -> str:
         "# Families",
         "",
         f"{len(families)} configurations of decoder families of transformers and {len(others)} decoders that no",
-        "library has, each a tiny model with random weights. Every cell was measured by execution; nothing is declared.",
+        "library has, each a tiny model with random weights. Every cell was measured by execution, none declared.",
         "Made by `python -m benchmarks.matrix --write docs/families.md` "
         f"(torch {machine.torch}, transformers {machine.transformers}, {machine.date}).",
         "",
-        f"`ok` holds, with the largest error relative to the spread of the logits (allowed: {tolerance:.0e}). `refused`",
-        "is an error that names its reason, given below; a model is never rewritten wrongly in silence. Where the",
-        "checkpoint of the rewritten model is refused, that of the model itself was written and compared. `-` does not",
-        "apply.",
+        f"`ok` holds, with the largest error relative to the spread of the logits (allowed: {tolerance:.0e}).",
+        "`refused` is an error that names its reason, given below; a model is never rewritten wrongly in silence.",
+        "Where the checkpoint of the rewritten model is refused, that of the model itself was written and compared.",
+        "`-` does not apply.",
         "",
     ]
     lines += [f"- **{name}**: {meaning}" for name, meaning in properties.items()]

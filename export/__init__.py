@@ -1,0 +1,1 @@
+"""What leaves the house: program folders and Hugging Face checkpoints."""

@@ -80,6 +80,8 @@ def token_stream(source: Calibration, folder: str | None) -> Tensor:
     tokenizer = None
     for piece in pieces:
         if isinstance(piece, Tensor):
+            if piece.is_floating_point() or piece.is_complex() or piece.dtype == torch.bool:
+                raise RequestError(f"calibration tensors hold integer token ids, not {piece.dtype}")
             streams.append(piece.reshape(-1).long())
         elif isinstance(piece, str):
             if tokenizer is None:
@@ -108,9 +110,10 @@ def windows(
             f"the calibration has {stream.numel()} tokens; at least {LEAST_TOKENS} are needed",
             fix="a few pages of text like what the model is used for",
         )
-    if int(stream.min()) < 0 or int(stream.max()) >= vocab_size:
+    low, high = int(stream.min()), int(stream.max())
+    if low < 0 or high >= vocab_size:
         raise RequestError(
-            f"calibration holds token id {int(stream.max())}; the vocabulary has {vocab_size}",
+            f"calibration holds token id {low if low < 0 else high}; the vocabulary has {vocab_size}",
             fix="tokenize with this model's own tokenizer",
         )
     length = min(length, stream.numel() // 2)

@@ -908,6 +908,14 @@ def _print_report(report: Report) -> None:
             "; ".join(done.checks) or "off",
         )
     _console().print(table)
+    found = report.quality
+    if found.get("measured"):
+        typer.echo(
+            f"quality on {found['on']}: likelihood loss {found['nll_original']:.4f} -> {found['nll']:.4f} nats per token, "
+            f"KL {found['kl']:.4f}, top-1 agreement {found['top1']:.1%}"
+        )
+    elif found:
+        typer.echo(f"quality not measured: {found['reason']}")
     for note in report.notes:
         typer.echo(note)
 

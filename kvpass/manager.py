@@ -20,6 +20,7 @@ from kvpass.passes.split_projections import SplitProjections
 
 Verify = Literal["off", "fast", "full"]
 FAST_BYTES = 1 << 30  # a "fast" check runs the whole model only when its weights are smaller than this
+QUALITY_WINDOWS = 4
 PROVIDERS: tuple[type[Pass], ...] = (SplitProjections,)
 
 
@@ -86,7 +87,7 @@ def run(
                 f"{step.describe()} needs calibration text",
                 fix="pass calibration= (a text file, strings or token tensors), or choose refit='none'",
             )
-    program = program.copy()
+    original, program = program, program.copy()
     report = Report(program.facts.name, program.facts.family)
     todo = list(passes)
     while todo:
@@ -100,6 +101,8 @@ def run(
             continue
         todo.pop(0)
         report.passes.append(_run_one(program, step, context, verify_level))
+    if any(step.effect is Effect.LOSSY for step in passes):
+        report.quality = _quality(original, program, context)
     return program, report
 
 
@@ -179,16 +182,34 @@ def _check_finite(program: Program, name: str, level: Verify, context: Context) 
     return "logits finite"
 
 
-def _logits(program: Program, context: Context) -> Tensor:
-    generator = torch.Generator().manual_seed(context.seed)
-    ids = torch.randint(0, program.facts.vocab_size, (2, 24), generator=generator).to(context.device)
-    graph = program.forward
+def _quality(original: Program, program: Program, context: Context) -> dict[str, Any]:
+    """What the lossy passes cost on some windows of the calibration text: an indication, since refits have seen it."""
+    if not context.batches:
+        return {"measured": False, "reason": "no text was given; `kvpass eval` measures on held-out text"}
+    rows = torch.cat(list(context.batches))[:QUALITY_WINDOWS]
+    sums = dict.fromkeys(("nll_original", "nll", "kl", "top1"), 0.0)
+    for row in rows.split(1):
+        context.progress(0, 1, "measuring quality")
+        before, after = (torch.log_softmax(_logits(p, context, row).float(), dim=-1) for p in (original, program))
+        target = row[:, 1:].unsqueeze(-1)
+        sums["nll_original"] -= float(before[:, :-1].gather(-1, target).mean())
+        sums["nll"] -= float(after[:, :-1].gather(-1, target).mean())
+        sums["kl"] += float((before.exp() * (before - after)).sum(-1).mean())
+        sums["top1"] += float((before.argmax(-1) == after.argmax(-1)).float().mean())
+    means = {name: total / len(rows) for name, total in sums.items()}
+    return {"measured": True, "on": f"{rows.numel()} tokens of the calibration text", **means}
+
+
+def _logits(program: Program, context: Context, ids: Tensor | None = None) -> Tensor:
+    """Logits [B, S, V] of some tokens, random ones where none are given."""
+    if ids is None:
+        generator = torch.Generator().manual_seed(context.seed)
+        ids = torch.randint(0, program.facts.vocab_size, (2, 24), generator=generator)
+    given = {placeholder(program.forward, "input_ids"): ids.to(context.device)}
 
     def weight(name: str) -> Tensor:
         return program.read(name).to(context.device)
 
     with torch.no_grad():
-        result: Tensor = evaluate([output_node(graph)], {placeholder(graph, "input_ids"): ids}, weight, context.device)[
-            0
-        ]
+        result: Tensor = evaluate([output_node(program.forward)], given, weight, context.device)[0]
     return result

@@ -63,6 +63,8 @@ class Recipe:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise RequestError(f"the recipe cannot be read: {error.strerror}", where=str(path)) from error
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the recipe is no UTF-8 text: {error}", where=str(path)) from error
         return Recipe.parse(text, str(path))
 
     @staticmethod
@@ -93,9 +95,11 @@ def build(entry: dict[str, Any], where: str) -> Pass:
     Raises:
         RequestError: no such pass, no such key, or a value of the wrong kind.
     """
+    if not isinstance(entry, dict):
+        raise RequestError(f"a pass is a table, not {entry!r}", where=where, fix="write [[pass]] with two brackets")
     values = dict(entry)
     name = values.pop("name", None)
-    if name not in PASSES:
+    if not isinstance(name, str) or name not in PASSES:
         raise RequestError(f"there is no pass {name!r}", where=where, fix=f"choose from {sorted(PASSES)}")
     kind = PASSES[name]
     hints = get_type_hints(kind)

@@ -118,6 +118,9 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
             candidates += [
                 (n + d, s) for n in numbers for d in (0, 1, -1) for s in [0, *(m for m in numbers if m <= 64)]
             ]
+        if int(positions[-1]) == len(positions) - 1:  # a mask read from a table: no number in the graph says its window
+            read = _window(seen, positions)
+            candidates += [read[1:]] if read is not None and not window else []
         found = next((c for c in candidates if torch.equal(_predicate(positions, strict, *c), seen)), None)
         if found is None:
             return _tabulate(dense, "its pattern changes with the length", where)

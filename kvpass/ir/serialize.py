@@ -95,7 +95,7 @@ def graph_from_json(nodes: list[dict[str, Any]], where: str) -> fx.Graph:
             if "source" in entry:
                 node.meta["source"] = str(entry["source"])
             made.append(node)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(
             f"the saved program is damaged: {type(error).__name__}: {error}", where=where, fix="save it again"
         ) from error

@@ -168,9 +168,7 @@ def _batch(
     return torch.cat([task.tokens, text]), torch.cat([recall, following])
 
 
-def _accuracy(
-    model: LlamaForCausalLM, random: torch.Generator, length: int, pairs: int, alphabet: Alphabet
-) -> float:
+def _accuracy(model: LlamaForCausalLM, random: torch.Generator, length: int, pairs: int, alphabet: Alphabet) -> float:
     """Share of answers that are right on fresh sequences."""
     task = plant(random, HELD_OUT, length, pairs, pairs, alphabet)
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """In-context retrieval: facts planted in a context that then lies in the cache, and asked for afterwards.
 
 Likelihood hardly notices a cache that lost single tokens; retrieval does. Two kinds of tasks have one form, a
-`RecallBatch`: `recall_task` plants key-value pairs for the small model of `kvpass.quality.recall`, and `planted_fact`
-plants a pass key in text for real models (Mohtashami and Jaggi 2023, arXiv 2305.16300).
+`RecallBatch`: `recall_task` plants key-value pairs for the small model of `kvpass.quality.recall_model`, and
+`planted_fact` plants a pass key in text for real models (Mohtashami and Jaggi 2023, arXiv 2305.16300).
 """
 
 from __future__ import annotations

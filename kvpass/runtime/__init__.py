@@ -1,0 +1,1 @@
+"""Running a program: cache state, prefill and decode, generation."""

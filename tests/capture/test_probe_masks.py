@@ -1,20 +1,20 @@
-"""Masks are found by running them: whatever spells a mask, its meaning is read exactly or kept as a table, or refused."""
+"""Masks are found by running them: however a mask is spelled, it is read exactly, kept as a table, or refused."""
 
 from __future__ import annotations
 
 import math
 
-import decoders
 import pytest
 import torch
 import torch.nn.functional as F
+
+import decoders
+import kvpass
 from kvpass.capture import capture
 from kvpass.capture.probe import Mask
-from kvpass.ir.sites import SiteFinder
-
-import kvpass
 from kvpass.errors import CaptureError
 from kvpass.ir.check import compare
+from kvpass.ir.sites import SiteFinder
 
 HEADS, DIM = 4, 32
 SPELLINGS = ("masked_fill", "added minimum", "where", "sdpa bool", "sdpa float")
