@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from kvpass.calibration import Calibration, token_stream, windows
+from kvpass.calibration import WINDOW, Calibration, token_stream, windows
 from kvpass.capture import Source, capture
 from kvpass.errors import RequestError, UnsupportedError
 from kvpass.ir.check import plan_of
@@ -67,7 +67,7 @@ def transform(
     batches = []
     if calibration is not None:
         stream = token_stream(calibration, program.facts.folder)
-        batches = [b.to(place) for b in windows(stream, program.facts.vocab_size)]
+        batches = [b.to(place) for b in _windows(stream, program)]
     with _progress(progress) as show:
         context = Context(batches=batches, device=place, seed=seed, progress=show)
         if verify != "off":
@@ -81,6 +81,11 @@ def transform(
         if numbers:
             report.notes.append(_cache_note(model, seed))
         return model
+
+
+def _windows(stream: torch.Tensor, program: Program) -> list[torch.Tensor]:
+    longest = program.facts.max_positions or WINDOW
+    return windows(stream, program.facts.vocab_size, length=min(WINDOW, longest))
 
 
 def _cache_note(model: Transformed, seed: int) -> str:

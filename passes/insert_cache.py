@@ -25,6 +25,7 @@ from kvpass.ir.program import (
     Role,
     aten,
     insert_call,
+    merge_equal,
     output_node,
     placeholder,
     roles,
@@ -148,6 +149,7 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
     sweep(graph)
     if last_only:
         _project_last(program, graph, source, mapping, anchor)
+    merge_equal(graph, data=True)
     sweep(graph)
     return graph
 

@@ -452,6 +452,8 @@ def build(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """
     config = FAMILIES[name].config()
     options = {k: overrides.pop(k) for k in ("attn_implementation", "experts_implementation") if k in overrides}
+    if "softcap" in FAMILIES[name].traits:  # some versions of transformers drop the soft-cap everywhere else
+        options.setdefault("attn_implementation", "eager")
     for key, value in overrides.items():
         setattr(config, key, value)
     for key in ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers"):

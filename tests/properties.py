@@ -72,7 +72,8 @@ def examine(model: nn.Module, family: bool = True) -> Examination:
     grouped, result.cells["grouped"] = _grouped(slim, ids)
     result.cells["saved"] = _saved(grouped or slim, ids)
     if family:
-        result.cells["checkpoint"] = _checkpoint(grouped or slim, slim, ids)
+        attention = model.config._attn_implementation
+        result.cells["checkpoint"] = _checkpoint(grouped or slim, slim, ids, attention)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -172,7 +173,7 @@ def _saved(slim: Transformed, ids: Tensor) -> Cell:
         return Cell() if same else Cell(refused="logits differ after loading")
 
 
-def _checkpoint(slim: Transformed, plain: Transformed, ids: Tensor) -> Cell:
+def _checkpoint(slim: Transformed, plain: Transformed, ids: Tensor, attention: str) -> Cell:
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -183,6 +184,7 @@ def _checkpoint(slim: Transformed, plain: Transformed, ids: Tensor) -> Cell:
             refused = error.what
             slim = plain  # the rewrite has no place in a checkpoint of the family; the model itself must have one
             slim.save_pretrained(Path(folder) / "out")
-        back = AutoModelForCausalLM.from_pretrained(Path(folder) / "out", dtype=torch.float32).eval()
+        options = {"dtype": torch.float32, "attn_implementation": attention}
+        back = AutoModelForCausalLM.from_pretrained(Path(folder) / "out", **options).eval()
         with torch.no_grad():
             return Cell(compare(forward(slim, ids), back(ids).logits), refused)

@@ -16,7 +16,7 @@ from torch import Tensor
 NEG_INF = float("-inf")
 _ROWS = 256  # query rows per block where the score matrix has to be formed; bounds memory at H * 256 * T
 _FEW = 8  # rows up to which a CPU's product with a weight is bound by reading the weight
-_PIECES = 16  # into which such a weight is divided
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def visible(
@@ -102,21 +102,23 @@ def _read_all(packed: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.matmul(torch.softmax(scores, dim=-1), v)
 
 
-def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, its weight divided among the threads where there are few rows.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by oneDNN where that computes float32 on a CPU.
 
-    A product of one row with a float32 matrix is computed by one CPU thread, however many there are; a batch of
-    products with pieces of the matrix is computed by all of them, and nothing is copied.
+    torch's own choice there reads a matrix for a single row with one thread, however many there are, and is slower for
+    many rows too on CPUs that its BLAS was not written for.
     """
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    out, width = weight.shape
-    few = 0 < rows <= _FEW and x.dtype == torch.float32 and weight.is_contiguous() and x.device.type == "cpu"
-    if not few or out % _PIECES or torch.is_grad_enabled() or torch.get_num_threads() == 1:
+    wide = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+    if not wide or _ONEDNN is None or torch.is_grad_enabled():
         return torch.nn.functional.linear(x, weight, bias)
-    pieces = weight.view(_PIECES, out // _PIECES, width).transpose(1, 2)
-    product = torch.bmm(x.reshape(1, rows, width).expand(_PIECES, -1, -1), pieces)  # [pieces, rows, out / pieces]
-    result = product.transpose(0, 1).reshape(*x.shape[:-1], out)
-    return result if bias is None else result + bias
+    result: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    return result
+
+
+def _reads_all(first: Tensor | int, keys: int, causal: bool, strict: bool, window: int) -> bool:
+    """Whether the one query at position `first` reads every key: the step of decoding that must be quick."""
+    newest = not isinstance(first, Tensor) and first == keys - 1
+    return newest and causal and not strict and not 0 < window < keys
 
 
 def _attend_positions(
@@ -139,6 +141,9 @@ def _attend_positions(
     length, keys = q.shape[2], k.shape[2]
     if length == 0:
         return q.new_zeros((*q.shape[:3], v.shape[3]))
+    if length == 1 and _reads_all(first, keys, causal, strict, window):
+        if mask is None and alibi_slopes is None:
+            return _masked_attention(q, k, v, None, None, scale, softcap, sink_logits, False)
     uniform = not isinstance(first, Tensor)
     plain = softcap == 0 and sink_logits is None and alibi_slopes is None and mask is None
     if plain and uniform and length > 1 and causal and not strict and window == 0:

@@ -310,13 +310,15 @@ __all__ = [
 ]
 
 
-def merge_equal(graph: fx.Graph) -> int:
-    """Let equal calls that do not depend on the tokens be one call (position tables per layer, for one)."""
+def merge_equal(graph: fx.Graph, *, data: bool = False) -> int:
+    """Let equal calls be one call (position tables per layer, for one); with `data`, those over the tokens too."""
     role = roles(graph)
     seen: dict[object, fx.Node] = {}
     gone = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or (role[node] == Role.DATA and node.target not in SHAPE_ONLY_READERS):
+        if node.op != "call_function":
+            continue
+        if role[node] == Role.DATA and node.target not in SHAPE_ONLY_READERS and not (data and _is_pure(node)):
             continue
         try:
             key = (node.target, _frozen(node.args), _frozen(node.kwargs))
@@ -328,6 +330,13 @@ def merge_equal(graph: fx.Graph) -> int:
             graph.erase_node(node)
             gone += 1
     return gone
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a call gives the same for the same, and changes nothing."""
+    schema = getattr(node.target, "_schema", None)
+    tags = getattr(node.target, "tags", ())
+    return schema is not None and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags
 
 
 def _frozen(value: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from kvpass.errors import RequestError
 from kvpass.ir.execute import evaluate
 from kvpass.ir.fold import fold_weights
-from kvpass.ir.ops import linear_few_rows
+from kvpass.ir.ops import linear
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program, aten, placeholder, to_module
 from kvpass.ir.sites import SiteFinder
@@ -18,11 +18,11 @@ from kvpass.passes.insert_cache import Inserted, insert_cache, prove_tables
 from kvpass.runtime.state import State
 
 
-def _divide_products(module: fx.GraphModule) -> None:
-    """Let products with few rows use every thread (cached entries only: `forward` stays what was captured)."""
+def _quicken_products(module: fx.GraphModule) -> None:
+    """Compute products with weights in the quickest way (cached entries only: `forward` stays what was captured)."""
     for node in module.graph.nodes:
         if node.target is aten.linear.default:
-            node.target = linear_few_rows
+            node.target = linear
     module.recompile()
 
 
@@ -45,7 +45,7 @@ class Executor(nn.Module):
         self.entries = {entry: to_module(folded, entry, self._tensors, device) for entry in folded.entries}
         if device.type == "cpu":
             for entry in ("prefill", "decode"):
-                _divide_products(self.entries[entry])
+                _quicken_products(self.entries[entry])
         for entry, module in self.entries.items():
             self.add_module(f"entry_{entry}", module)
         self._tables: dict[str, Tensor] = {}
