@@ -911,7 +911,7 @@ def _print_report(report: Report) -> None:
     found = report.quality
     if found.get("measured"):
         typer.echo(
-            f"quality on {found['on']}: likelihood loss {found['nll_original']:.4f} -> {found['nll']:.4f} nats per token, "
+            f"quality on {found['on']}: {found['nll_original']:.4f} -> {found['nll']:.4f} nats per token, "
             f"KL {found['kl']:.4f}, top-1 agreement {found['top1']:.1%}"
         )
     elif found:

@@ -25,7 +25,7 @@ from kvpass.runtime.transformed import Transformed
 
 TOLERANCE = 1e-5
 PROPERTIES = {
-    "captured": "all attention sites found; identity recipe bit-identical to the captured graph; logits of the original",
+    "captured": "every attention site found; identity recipe bit-identical to the captured graph; original's logits",
     "decode": "prefill + decode = forward",
     "ragged": "rows of different lengths in one batch = the rows alone",
     "split": "SplitProjections",

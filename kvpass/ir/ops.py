@@ -141,11 +141,11 @@ def _attend_positions(
     length, keys = q.shape[2], k.shape[2]
     if length == 0:
         return q.new_zeros((*q.shape[:3], v.shape[3]))
-    if length == 1 and _reads_all(first, keys, causal, strict, window):
-        if mask is None and alibi_slopes is None:
-            return _masked_attention(q, k, v, None, None, scale, softcap, sink_logits, False)
+    unbiased = mask is None and alibi_slopes is None
+    if length == 1 and unbiased and _reads_all(first, keys, causal, strict, window):
+        return _masked_attention(q, k, v, None, None, scale, softcap, sink_logits, False)
     uniform = not isinstance(first, Tensor)
-    plain = softcap == 0 and sink_logits is None and alibi_slopes is None and mask is None
+    plain = softcap == 0 and sink_logits is None and unbiased
     if plain and uniform and length > 1 and causal and not strict and window == 0:
         gqa = bool(q.shape[1] != k.shape[1])
         dot = torch.nn.functional.scaled_dot_product_attention
