@@ -49,6 +49,7 @@ def save(model: Transformed, folder: Path, *, overwrite: bool) -> Path:
         "complex": [n for n in used if program.weights[n].dtype.is_complex],
         "constants": [n for n in used if program.weights[n].constant],
         "ensured": sorted(program.ensured),
+        "page_size": program.page_size,
         "recipe": model.recipe.dump(),
         "report": model.report.to_dict(),
     }
@@ -102,6 +103,7 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Tra
     weights = {n: _weight(store, n, n in constants, n in pairs) for n in store.names()}
     graph = graph_from_json(document["graph"], str(marker))
     program = Program({"forward": graph}, weights, ModelFacts(**facts), set(document["ensured"]))
+    program.page_size = int(document.get("page_size", 0))
     for name in program.used_weights():
         if name not in weights:
             raise SourceError(f"the saved program names a weight that is not stored: {name}", where=str(path))

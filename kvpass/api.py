@@ -15,6 +15,7 @@ from kvpass.capture import Source, capture
 from kvpass.errors import RequestError, UnsupportedError
 from kvpass.ir.check import plan_of
 from kvpass.ir.check import verify as verify_program
+from kvpass.ir.fixpoint import limits
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.sites import Refusal, SiteFinder
@@ -94,6 +95,12 @@ def _cache_note(model: Transformed, seed: int) -> str:
         _ = model.executor
     except UnsupportedError as error:
         return f"kvpass cannot run this model with a cache: {error.what}"
+    stop = limits(model.program.forward)
+    if stop is not None and stop.passes and not stop.fallback:
+        return (
+            f"the cache was not compared with one pass: prompts are read in at most {stop.passes} passes, settled or "
+            "not, so what is read together and token by token may differ"
+        )
     return check_cache(model, seed=seed)
 
 

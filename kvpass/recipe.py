@@ -21,9 +21,15 @@ from pydantic import ConfigDict, ValidationError, create_model
 from kvpass.errors import RequestError
 from kvpass.passes.base import Pass
 from kvpass.passes.group_heads import GroupHeads
+from kvpass.passes.page_kv import PageKV
+from kvpass.passes.quantize_kv import QuantizeKV
+from kvpass.passes.share_layers import ShareLayers
+from kvpass.passes.slide_window import SlideWindow
 from kvpass.passes.split_projections import SplitProjections
 
-PASSES: dict[str, type[Pass]] = {p.key(): p for p in (GroupHeads, SplitProjections)}
+PASSES: dict[str, type[Pass]] = {
+    p.key(): p for p in (GroupHeads, ShareLayers, SlideWindow, QuantizeKV, PageKV, SplitProjections)
+}
 
 
 @dataclass(frozen=True)

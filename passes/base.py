@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -87,8 +88,7 @@ class Pass(ABC):
     @classmethod
     def key(cls) -> str:
         """The name in recipes and on the command line: GroupHeads -> group-heads."""
-        name = cls.__name__
-        return "".join("-" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
 
     def options(self) -> dict[str, Any]:
         """The knobs as plain values."""

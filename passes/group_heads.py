@@ -85,6 +85,12 @@ class GroupHeads(Pass):
                 raise PlanError(
                     f"kv_heads lists {len(counts)} layers, the model has {len(plan)}", fix="give one number per layer"
                 )
+        if any(not c.owner or c.cache_positions or not c.format.full for c in plan):
+            raise PlanError(
+                "KV heads are merged where each layer has its own, in full precision and at positions of the text",
+                where=f"GroupHeads(kv_heads={self.kv_heads})",
+                fix="put GroupHeads before passes that share layers, use cache positions or quantize",
+            )
         if self.steps < 1:
             raise PlanError(f"steps must be at least 1, not {self.steps}")
         for layer, count in zip(plan, counts, strict=True):

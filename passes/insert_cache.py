@@ -19,6 +19,7 @@ from kvpass.errors import UnsupportedError
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import (
     ATTEND,
+    ATTEND_SHARED,
     ATTENTION,
     FILLS,
     Program,
@@ -69,9 +70,9 @@ class Inserted:
 def insert_cache(program: Program, plan: CachePlan) -> Inserted:
     """Add the entries `prefill` and `decode` to a program.
 
-    Both take (input_ids [B, S], starts [B] int64, end, ragged, *key and value caches per layer [B, Hkv, C, D],
-    *tables); `prefill` also takes `last` [B] int64, the index of each row's last token among the S, and returns logits
-    [B, 1, V].
+    Both take (input_ids [B, S], starts [B] int64, stops [B] int64 or None, end, ragged, *the tensors of each store,
+    *tables); see `kvpass::attend`. `prefill` also takes `last` [B] int64, the index of each row's last token among the
+    S, and returns logits [B, 1, V].
 
     Raises:
         UnsupportedError: something in the model depends on the length of the whole sequence.
@@ -92,21 +93,22 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
     assert isinstance(result, fx.Node)
     graph.output(result)
     ids = placeholder(graph, "input_ids")
-    first = next(iter(ids.next.graph.nodes))
     with graph.inserting_after(ids):
         starts = graph.placeholder("starts")
     with graph.inserting_after(starts):
+        stops = graph.placeholder("stops")
+    with graph.inserting_after(stops):
         end = graph.placeholder("end")
     with graph.inserting_after(end):
         ragged = graph.placeholder("ragged")
     anchor = ragged
-    caches: list[fx.Node] = []
-    for index in range(len(plan)):
-        for kind in ("k", "v"):
+    caches: dict[int, list[fx.Node]] = {}
+    for owner in plan.owners():
+        caches[owner] = []
+        for name in store_names(plan, owner):
             with graph.inserting_after(anchor):
-                anchor = graph.placeholder(f"cache_{kind}_{index}")
-            caches.append(anchor)
-    del first
+                anchor = graph.placeholder(name)
+            caches[owner].append(anchor)
     with graph.inserting_after(anchor):
         length = graph.call_function(aten.sym_size.int, (ids, 1))
     with graph.inserting_after(length):
@@ -117,22 +119,33 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
         positions = graph.call_function(aten.add.Tensor, (column, steps))
 
     inputs: dict[fx.Node, fx.Node] = {}
+    finder = SiteFinder(program)
     for node in list(source.nodes):
         if node.op != "call_function" or role[node] != Role.DATA:
             continue
         copied = mapping[node]
         if node.target is ATTENTION:
-            layer = int(node.kwargs["layer"])
-            arguments = [*copied.args, None, None, None][:6]
+            site = finder[int(node.kwargs["layer"])]
+            arguments = [*copied.args, *[None] * 4][:7]
             mask = node.args[5] if len(node.args) > 5 else None
             if isinstance(mask, fx.Node):
                 table = _square_table(mask, small, large, tables)
                 between = small[mask].dim() - len(table.batch_axes) - 2
                 rows = _table_input(graph, anchor, table, inputs)
                 arguments[5] = _read_mask(graph, copied, rows, positions, between)
-            copied.target = ATTEND
-            copied.args = (*arguments[:3], caches[2 * layer], caches[2 * layer + 1], starts, *arguments[3:])
-            copied.kwargs = {**copied.kwargs, "end": end, "ragged": ragged}
+            owner = site.kv_source
+            options = {k: v for k, v in copied.kwargs.items() if k != "kv_format"}
+            options |= {"end": end, "ragged": ragged, "layout": str(plan.layout(owner))}
+            if site.upward:
+                copied.target = ATTEND_SHARED
+                copied.args = (arguments[0], caches[owner], starts, *arguments[3:6])
+                options["value_dim"] = site.value_dim
+            else:
+                readers = [c.layer for c in plan.readers(owner) if not c.upward]
+                options |= {"first": site.layer == readers[0], "last": site.layer == readers[-1]}
+                copied.target = ATTEND
+                copied.args = (*arguments[:3], caches[owner], starts, stops, *arguments[3:])
+            copied.kwargs = options
             continue
         for operand in node.all_input_nodes:
             if role[operand] != Role.POSITION or node.target in _SIZE_READERS or _is_blank(operand):
@@ -152,6 +165,13 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
     merge_equal(graph, data=True)
     sweep(graph)
     return graph
+
+
+def store_names(plan: CachePlan, owner: int) -> list[str]:
+    """The inputs that hold an owner's store, in the order of `Layout.exchange`."""
+    cache, layout = plan[owner], plan.layout(owner)
+    names = [spec.name for spec in layout.specs(cache.key_dim, cache.value_dim, cache.dtype, layout.format.group or 1)]
+    return [f"cache_{owner}_{name}" for name in [*names, *(["table"] if layout.page else [])]]
 
 
 _SIZE_READERS = {aten.sym_size.int}

@@ -158,7 +158,7 @@ def _grouped(slim: Transformed, ids: Tensor) -> tuple[Transformed | None, Cell]:
     reached = tuple(c.kv_heads for c in grouped.plan)
     assert reached == counts, f"asked for {counts} KV heads, got {reached}"
     _, state = grouped.prefill(ids)
-    per_layer = [tuple(t.shape[1] for t in pair) for pair in zip(state.keys, state.values, strict=True)]
+    per_layer = [tuple(t.shape[1] for t in store) for store in state.stores.values()]
     assert per_layer == [(c, c) for c in counts], f"the caches hold {per_layer} KV heads"
     return grouped, Cell(max(decode_error(grouped, ids), ragged_error(grouped, ids)))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from kvpass.errors import CheckError
+from kvpass.ir.kv_format import KVFormat
 from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.ir.program import ATTENTION, Program, is_arithmetic, output_node
 from kvpass.ir.sites import SiteFinder
@@ -27,6 +28,10 @@ def plan_of(program: Program) -> CachePlan:
                 window=int(site.option("window")),
                 sinks=int(site.option("sinks")),
                 positions="tabulated mask" if site.optional("mask") is not None else "",
+                kv_source=None if site.kv_source == site.layer else site.kv_source,
+                format=KVFormat.parse(site.option("kv_format")),
+                page=program.page_size,
+                cache_positions=site.optional("sink_q") is not None,
             )
             for site in SiteFinder(program)
         )

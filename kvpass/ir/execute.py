@@ -32,6 +32,11 @@ def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[f
     return seen
 
 
+def to_double(dtype: torch.dtype) -> torch.dtype:
+    """float64 for every float."""
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
 def widened(dtype: torch.dtype) -> torch.dtype:
     """The dtype that proofs compute in: float32 for half precision, which resolves too little."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -47,12 +52,13 @@ def evaluate(
     given: Mapping[fx.Node, Any],
     weight: WeightReader,
     device: str | torch.device = "cpu",
-    widen: bool = False,
+    widen: Callable[[torch.dtype], torch.dtype] | None = None,
+    lowered: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> list[Any]:
     """Values of `outputs`, computed from the values in `given`; weights are read through `weight` by name.
 
-    Every device that the graph names is replaced by `device`; with `widen`, so is every half-precision dtype by
-    float32. Errors raised inside an op are passed on with the node.
+    Every device that the graph names is replaced by `device`; every dtype by what `widen` makes of it; every target by
+    what `lowered` has for it. Errors raised inside an op are passed on with the node.
     """
     target_device = torch.device(device)
     needed = in_order(ancestors(outputs, given))
@@ -73,8 +79,8 @@ def evaluate(
             return slice(value_of(argument.start), value_of(argument.stop), value_of(argument.step))
         if isinstance(argument, torch.device):
             return target_device
-        if widen and isinstance(argument, torch.dtype):
-            return widened(argument)
+        if widen is not None and isinstance(argument, torch.dtype):
+            return widen(argument)
         return argument
 
     for node in needed:
@@ -84,9 +90,10 @@ def evaluate(
         if node.op == "get_attr":
             env[node] = weight(str(node.target))
         elif node.op == "call_function":
-            assert callable(node.target)
+            target = node.target if lowered is None else lowered.get(node.target, node.target)
+            assert callable(target)
             try:
-                env[node] = node.target(
+                env[node] = target(
                     *(value_of(a) for a in node.args), **{k: value_of(v) for k, v in node.kwargs.items()}
                 )
             except KvpassError:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpass.ir.kv_format import KVFormat, fake_channels, fake_tokens
+from kvpass.ir.kv_layout import Layout, Part
+
 NEG_INF = float("-inf")
 _ROWS = 256  # query rows per block where the score matrix has to be formed; bounds memory at H * 256 * T
 _FEW = 8  # rows up to which a CPU's product with a weight is bound by reading the weight
@@ -56,6 +59,8 @@ def _masked_attention(
     softcap: float,
     sink_logits: Tensor | None,  # [H]
     may_be_empty: bool,
+    sink_q: tuple[Tensor, Tensor]
+    | None = None,  # queries [B, H, S, D] for some keys, and which: bool [B or 1, 1, 1, T]
 ) -> Tensor:
     """Explicit softmax attention on packed query heads; a row with nothing to read gives zeros."""
     batch, heads, length, _ = q.shape
@@ -63,9 +68,15 @@ def _masked_attention(
     group = heads // kv_heads
     packed = q.reshape(batch, kv_heads, group * length, q.shape[3])
     free = seen is None and bias is None and sink_logits is None and softcap == 0 and not may_be_empty
+    free = free and sink_q is None
     if free and q.dtype == torch.float32:
         return _read_all(packed, k, v, scale).view(batch, heads, length, v.shape[3])
     scores = torch.matmul(packed, k.transpose(-1, -2)).view(batch, kv_heads, group, length, keys)
+    if sink_q is not None:
+        other, where = sink_q
+        other = other.reshape(batch, kv_heads, group * length, q.shape[3])
+        sinking = torch.matmul(other, k.transpose(-1, -2)).view(batch, kv_heads, group, length, keys)
+        scores = torch.where(where.unsqueeze(2), sinking, scores)
     scores = scores * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -197,6 +208,100 @@ def _attend_positions(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
+def _attend_parts(
+    q: Tensor,  # [B, H, S, D]
+    parts: list[Part],
+    first: Tensor | int,  # absolute position of the first query: [B] or one number
+    *,
+    scale: float,
+    causal: bool,
+    strict: bool,
+    window: int,
+    sinks: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    mask: Tensor | None,
+    sink_q: Tensor | None,
+    kv_format: KVFormat,
+    covered: bool,
+) -> Tensor:
+    """Attention over entries that stand anywhere; `covered` says that the layer reads all that its store keeps."""
+    length = q.shape[2]
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    if len(parts) == 1 and sink_q is None and parts[0].reads == "all":
+        (part,) = parts
+        if part.positions is None and not part.sure:
+            return _attend_positions(
+                q, part.k, part.v, first, causal=causal, strict=strict, window=window, sinks=sinks,
+                alibi_slopes=alibi_slopes, mask=mask, **options,
+            )  # fmt: skip
+        if part.sure and covered and length == 1 and causal and not strict and alibi_slopes is None and mask is None:
+            return _masked_attention(q, part.k, part.v, None, None, may_be_empty=False, sink_q=None, **options)
+    keys, values = (_joined([getattr(p, name) for p in parts], 2) for name in ("k", "v"))
+    key_pos = _joined([_positions(p) for p in parts], 1).unsqueeze(1).unsqueeze(1)  # [B or 1, 1, 1, T]
+    if isinstance(first, Tensor):
+        query_pos = (first.view(-1, 1) + torch.arange(length, device=q.device)).view(-1, 1, length, 1)
+    else:
+        query_pos = (first + torch.arange(length, device=q.device)).view(1, 1, -1, 1)
+    blocks = []
+    for start in range(0, length, _ROWS):
+        stop = min(start + _ROWS, length)
+        here = query_pos[:, :, start:stop]
+        seen = visible(here, key_pos, causal=causal, strict=strict, window=window, sinks=sinks)
+        seen = key_pos >= 0 if seen is None else seen & (key_pos >= 0)
+        if any(p.reads != "all" for p in parts):
+            seen = seen & _by_age(parts, here, key_pos, kv_format)
+        bias = None
+        if mask is not None:
+            part_mask = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
+            part_mask = _columns(part_mask, key_pos)
+            if part_mask.dtype == torch.bool:
+                seen = seen & part_mask
+            else:
+                bias = part_mask
+        if alibi_slopes is not None:
+            slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * (key_pos - here).float()
+            bias = slope_bias if bias is None else bias + slope_bias
+        sinking = None if sink_q is None else (sink_q[:, :, start:stop], (key_pos >= 0) & (key_pos < sinks))
+        blocks.append(
+            _masked_attention(
+                q[:, :, start:stop], keys, values, seen, bias, may_be_empty=True, sink_q=sinking, **options
+            )
+        )
+    return _joined(blocks, 2)
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    if len({t.shape[0] for t in tensors}) > 1:
+        batch = max(t.shape[0] for t in tensors)
+        tensors = [t.expand(batch, *t.shape[1:]) for t in tensors]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
+
+
+def _positions(part: Part) -> Tensor:
+    """[B or 1, T]: where a part's entries stand."""
+    if part.positions is None:
+        return torch.arange(part.k.shape[2], device=part.k.device).unsqueeze(0)
+    return part.positions if part.positions.dim() == 2 else part.positions.unsqueeze(0)
+
+
+def _by_age(parts: list[Part], query_pos: Tensor, key_pos: Tensor, fmt: KVFormat) -> Tensor:
+    """Which query reads which version of an entry: quantized below the query's last complete group, exact above."""
+    boundary = (query_pos + 1 - fmt.residual).clamp(min=0) // fmt.group * fmt.group
+    closed = torch.cat([torch.full((p.k.shape[2],), p.reads == "closed", device=key_pos.device) for p in parts])
+    return torch.where(closed, key_pos < boundary, key_pos >= boundary)
+
+
+def _columns(mask: Tensor, key_pos: Tensor) -> Tensor:
+    """Columns of a mask [.., S, T'] over positions, at the positions [B or 1, 1, 1, T] of the entries."""
+    if mask.shape[-1] == 1:
+        return mask
+    batch = max(mask.shape[0], key_pos.shape[0])
+    index = key_pos.clamp(0, mask.shape[-1] - 1).expand(batch, mask.shape[1], mask.shape[2], -1)
+    return mask.expand(batch, -1, -1, -1).gather(-1, index)
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -204,6 +309,7 @@ def attention_reference(
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     mask: Tensor | None = None,
+    sink_q: Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -212,17 +318,26 @@ def attention_reference(
     sinks: int = 0,
     softcap: float = 0.0,
     layer: int = -1,
+    kv_format: str = "",
 ) -> Tensor:
     """Attention of q [B,H,S,D] over k [B,Hkv,T,D], v [B,Hkv,T,Dv] -> [B,H,S,Dv], differentiable.
 
     Query i of S stands at key position T-S+i. Scores are `softcap * tanh(scale * q.k / softcap)` (no cap when 0), plus
     `alibi_slopes[h] * (key - query)`, plus `mask` where it is floating point. `sink_logits` [H] join the softmax's
-    denominator. A row with nothing to read gives the zero vector.
+    denominator. A row with nothing to read gives the zero vector. `sink_q`, shaped as q, scores the first `sinks` keys
+    in q's place (StreamingLLM's cache positions). Keys and values are read as `kv_format` would store them, with a
+    straight-through gradient.
     """
-    return _attend_positions(
+    fmt = KVFormat.parse(kv_format)
+    if fmt.layout == "kivi":
+        parts = [Part(fake_channels(k, fmt), fake_tokens(v, fmt), reads="closed"), Part(k, v, reads="open")]
+    elif fmt.full:
+        parts = [Part(k, v)]
+    else:
+        parts = [Part(fake_tokens(k, fmt), fake_tokens(v, fmt))]
+    return _attend_parts(
         q,
-        k,
-        v,
+        parts,
         k.shape[2] - q.shape[2],
         scale=scale,
         causal=causal,
@@ -233,6 +348,9 @@ def attention_reference(
         sink_logits=sink_logits,
         alibi_slopes=alibi_slopes,
         mask=mask,
+        sink_q=sink_q,
+        kv_format=fmt,
+        covered=False,
     )
 
 
@@ -240,15 +358,19 @@ def attend_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cache_k: Tensor,  # [B, Hkv, C, D]
-    cache_v: Tensor,  # [B, Hkv, C, Dv]
+    cache: list[Tensor],
     starts: Tensor,  # [B] int64: tokens that each row holds already
+    stops: Tensor | None = None,  # [B] int64: tokens at or beyond it are padding
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     mask: Tensor | None = None,
+    sink_q: Tensor | None = None,
     *,
     end: int,
     ragged: bool,
+    layout: str = "",
+    first: bool = True,
+    last: bool = True,
     scale: float,
     causal: bool = True,
     strict: bool = False,
@@ -257,33 +379,19 @@ def attend_reference(
     softcap: float = 0.0,
     layer: int = -1,
 ) -> Tensor:
-    """Write k, v of S new tokens into the layer's cache at `starts`, then attend over everything up to them.
+    """Write k, v of S new tokens into a store at `starts`, then attend over what it keeps up to them.
 
-    `end` is max(starts) + S. `ragged` says that the rows of `starts` differ; without it every row starts at end - S.
-    Entries of a row beyond its own length are never read. Returns [B, H, S, Dv]; the caches change in place.
+    `cache` are the store's tensors, which change in place; `layout` says how they lie (`kv_layout.Layout`). `end` is
+    max(starts) + S. `ragged` says that the rows of `starts` differ; without it every row starts at end - S. Entries of
+    a row beyond its own length are never read. Layers that share a store are handed the same k and v: `first` and
+    `last` say which reader, in order, this is. Returns [B, H, S, Dv].
     """
-    batch, _, length, _ = q.shape
-    if not ragged:
-        first = end - length
-        cache_k[:, :, first:end] = k
-        cache_v[:, :, first:end] = v
-        if first == 0:
-            keys, values = k, v
-        else:
-            keys, values = cache_k[:, :, :end], cache_v[:, :, :end]
-        where: Tensor | int = first
-    else:
-        slots = starts.view(-1, 1) + torch.arange(length, device=starts.device)
-        rows = torch.arange(batch, device=starts.device).view(-1, 1)
-        cache_k[rows, :, slots] = k.transpose(1, 2)
-        cache_v[rows, :, slots] = v.transpose(1, 2)
-        keys, values = cache_k[:, :, :end], cache_v[:, :, :end]
-        where = starts
-    return _attend_positions(
+    store = Layout.parse(layout)
+    parts = store.exchange(cache, k, v, starts, stops, end=end, ragged=ragged, first=first, last=last)
+    return _attend_parts(
         q,
-        keys,
-        values,
-        where,
+        parts,
+        starts if ragged else end - q.shape[2],
         scale=scale,
         causal=causal,
         strict=strict,
@@ -293,7 +401,101 @@ def attend_reference(
         sink_logits=sink_logits,
         alibi_slopes=alibi_slopes,
         mask=mask,
+        sink_q=sink_q,
+        kv_format=store.format,
+        covered=(window, sinks) == (store.window, store.sinks),
     )
+
+
+def attend_shared_reference(
+    q: Tensor,
+    cache: list[Tensor],
+    starts: Tensor,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    value_dim: int,
+    end: int,
+    ragged: bool,
+    layout: str = "",
+    scale: float,
+    causal: bool = True,
+    strict: bool = True,
+    window: int = 0,
+    sinks: int = 0,
+    softcap: float = 0.0,
+    layer: int = -1,
+) -> Tensor:
+    """Attend over another layer's store, written by a layer above: strictly before each query's own position.
+
+    For one new token that is exact. For several, the store holds the previous pass's keys and values of all but the
+    first (Jacobi iteration; Wu and Tu 2024, arXiv 2405.10637). Dense and paged stores only.
+    """
+    store = Layout.parse(layout)
+    parts = store.held(cache, starts, end=end, length=q.shape[2], dtype=q.dtype)
+    return _attend_parts(
+        q,
+        parts,
+        starts if ragged else end - q.shape[2],
+        scale=scale,
+        causal=causal,
+        strict=strict,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        mask=mask,
+        sink_q=None,
+        kv_format=store.format,
+        covered=False,
+    )
+
+
+def feedback_reference(
+    input_ids: Tensor,
+    *,
+    layer: int,
+    part: str,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    passes: int = 0,
+    tolerance: float = 0.0,
+    fallback: bool = True,
+) -> Tensor:
+    """Keys or values [B, Hkv, S, D] of a layer above, as the pass before computed them: zeros in the first pass.
+
+    What runs a program that holds it repeats the nodes between it and that layer until keys and values stand still
+    (`runtime.fixpoint`): at most `passes` times where that is not 0, and until nothing changes by more than
+    `tolerance`.
+    """
+    batch, length = input_ids.shape
+    return torch.zeros((batch, kv_heads, length, dim), dtype=dtype, device=input_ids.device)
+
+
+@torch.library.custom_op("kvpass::feedback", mutates_args=())
+def feedback(
+    input_ids: Tensor,
+    *,
+    layer: int,
+    part: str,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    passes: int = 0,
+    tolerance: float = 0.0,
+    fallback: bool = True,
+) -> Tensor:
+    """The value of a layer above; see `feedback_reference`."""
+    return feedback_reference(input_ids, layer=layer, part=part, kv_heads=kv_heads, dim=dim, dtype=dtype)
+
+
+@feedback.register_fake
+def _feedback_fake(input_ids: Tensor, **options: Any) -> Tensor:
+    shape = (input_ids.shape[0], options["kv_heads"], input_ids.shape[1], options["dim"])
+    return input_ids.new_empty(shape, dtype=options["dtype"])
 
 
 @torch.library.custom_op("kvpass::attention", mutates_args=())
@@ -304,6 +506,7 @@ def attention(
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     mask: Tensor | None = None,
+    sink_q: Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -312,6 +515,7 @@ def attention(
     sinks: int = 0,
     softcap: float = 0.0,
     layer: int = -1,
+    kv_format: str = "",
 ) -> Tensor:
     """Stateless attention; see `attention_reference`, which is its meaning."""
     return attention_reference(
@@ -321,6 +525,7 @@ def attention(
         sink_logits,
         alibi_slopes,
         mask,
+        sink_q,
         scale=scale,
         causal=causal,
         strict=strict,
@@ -328,6 +533,7 @@ def attention(
         sinks=sinks,
         softcap=softcap,
         layer=layer,
+        kv_format=kv_format,
     ).contiguous()
 
 
@@ -358,20 +564,24 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 attention.register_autograd(_attention_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("kvpass::attend", mutates_args=("cache_k", "cache_v"))
+@torch.library.custom_op("kvpass::attend", mutates_args=("cache",))
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
+    cache: list[Tensor],
     starts: Tensor,
+    stops: Tensor | None = None,
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     mask: Tensor | None = None,
+    sink_q: Tensor | None = None,
     *,
     end: int,
     ragged: bool,
+    layout: str = "",
+    first: bool = True,
+    last: bool = True,
     scale: float,
     causal: bool = True,
     strict: bool = False,
@@ -385,14 +595,18 @@ def attend(
         q,
         k,
         v,
-        cache_k,
-        cache_v,
+        cache,
         starts,
+        stops,
         sink_logits,
         alibi_slopes,
         mask,
+        sink_q,
         end=end,
         ragged=ragged,
+        layout=layout,
+        first=first,
+        last=last,
         scale=scale,
         causal=causal,
         strict=strict,
@@ -408,8 +622,58 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) ->
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
+@torch.library.custom_op("kvpass::attend_shared", mutates_args=())
+def attend_shared(
+    q: Tensor,
+    cache: list[Tensor],
+    starts: Tensor,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    value_dim: int,
+    end: int,
+    ragged: bool,
+    layout: str = "",
+    scale: float,
+    causal: bool = True,
+    strict: bool = True,
+    window: int = 0,
+    sinks: int = 0,
+    softcap: float = 0.0,
+    layer: int = -1,
+) -> Tensor:
+    """Attention over a layer's store from below it. See `attend_shared_reference`, which is its meaning."""
+    return attend_shared_reference(
+        q,
+        cache,
+        starts,
+        sink_logits,
+        alibi_slopes,
+        mask,
+        value_dim=value_dim,
+        end=end,
+        ragged=ragged,
+        layout=layout,
+        scale=scale,
+        causal=causal,
+        strict=strict,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        layer=layer,
+    ).contiguous()
+
+
+@attend_shared.register_fake
+def _attend_shared_fake(q: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], options["value_dim"]))
+
+
 REFERENCES: dict[Any, Any] = {
     torch.ops.kvpass.attention.default: attention_reference,
     torch.ops.kvpass.attend.default: attend_reference,
+    torch.ops.kvpass.attend_shared.default: attend_shared_reference,
+    torch.ops.kvpass.feedback.default: feedback_reference,
 }
 """What the torch lowering calls in place of each op: the same meaning without the dispatcher's cost per call."""

@@ -22,6 +22,8 @@ from kvpass.ir.execute import ancestors, evaluate, in_order
 
 ATTENTION = torch.ops.kvpass.attention.default
 ATTEND = torch.ops.kvpass.attend.default
+ATTEND_SHARED = torch.ops.kvpass.attend_shared.default
+FEEDBACK = torch.ops.kvpass.feedback.default
 aten = torch.ops.aten
 
 SHAPE_ONLY_READERS = {
@@ -103,6 +105,7 @@ class Program:
     facts: ModelFacts
     ensured: set[str] = field(default_factory=set)
     evidence: dict[int, dict[str, Any]] = field(default_factory=dict)  # per layer, what capture proved
+    page_size: int = 0  # tokens per page of the cache; 0 for one stretch of memory per row
 
     @property
     def forward(self) -> fx.Graph:
@@ -118,7 +121,12 @@ class Program:
             fresh.output(output)
             entries[name] = fresh
         return Program(
-            entries, dict(self.weights), copy.copy(self.facts), set(self.ensured), copy.deepcopy(self.evidence)
+            entries,
+            dict(self.weights),
+            copy.copy(self.facts),
+            set(self.ensured),
+            copy.deepcopy(self.evidence),
+            self.page_size,
         )
 
     # ------------------------------------------------------------------ reading
@@ -292,7 +300,9 @@ def is_arithmetic(target: Any) -> bool:
 
 __all__ = [
     "ATTEND",
+    "ATTEND_SHARED",
     "ATTENTION",
+    "FEEDBACK",
     "ModelFacts",
     "Program",
     "Role",

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvpass.ir.execute import ancestors, evaluate, in_order, widened
-from kvpass.ir.program import ATTEND, ATTENTION, Program, Role, aten, placeholder, roles
+from kvpass.ir.program import ATTEND, ATTEND_SHARED, ATTENTION, FEEDBACK, Program, Role, aten, placeholder, roles
 
 _CODES = 96  # sign codes per row: two of 30k rows agree on 80 of them with probability below 1e-9
 _BATCH, _LENGTH = 2, 3
@@ -96,6 +96,7 @@ class Projection:
     bias: fx.Node | None
 
 
+_ATTENTIONS = (ATTENTION, ATTEND, ATTEND_SHARED)
 _TRANSPOSES = {aten.numpy_T.default, aten.t.default, aten.transpose.int, aten.permute.default}
 _PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
 _SUMS = {aten.add.Tensor, aten.add_.Tensor}
@@ -108,7 +109,7 @@ class SiteFinder:
         self.program = program
         self.entry = entry
         self.graph = program.entries[entry]
-        self.nodes = [n for n in self.graph.nodes if n.op == "call_function" and n.target in (ATTENTION, ATTEND)]
+        self.nodes = [n for n in self.graph.nodes if n.op == "call_function" and n.target in _ATTENTIONS]
         self._memo: dict[Any, Any] = {}
 
     @cached_property
@@ -147,7 +148,7 @@ class SiteFinder:
             tensor = self.probe_weight(name)
             return tensor.to(widened(tensor.dtype))
 
-        return evaluate(outputs, start | given, weight, widen=True)
+        return evaluate(outputs, start | given, weight, widen=widened)
 
     def probe_weight(self, name: str) -> Tensor:
         weight = self.program.weights[name]
@@ -215,7 +216,7 @@ class SiteFinder:
             if projection is not None:
                 found[current] = projection
                 continue
-            if current.op == "placeholder" or current.target in (ATTENTION, ATTEND):
+            if current.op == "placeholder" or current.target in (*_ATTENTIONS, FEEDBACK):
                 raise Refusal("it is not computed by a projection", current)
             stack.extend(current.all_input_nodes)
         if len(found) != 1:
@@ -530,6 +531,20 @@ class AttentionSite:
         arguments = [*self.node.args, *([None] * (index + 1 - len(self.node.args)))]
         arguments[index] = value
         self.node.args = tuple(arguments)
+
+    @property
+    def upward(self) -> bool:
+        """Whether it reads the keys and values of a layer above it, as the pass before left them."""
+        return self.k.target is FEEDBACK
+
+    @cached_property
+    def kv_source(self) -> int:
+        """The layer whose keys and values it reads; its own number where it has some of its own."""
+        if self.upward:
+            layer = self.k.kwargs["layer"]
+            assert isinstance(layer, int)
+            return layer
+        return next(i for i, node in enumerate(self.finder.nodes) if _argument(node, 1) is self.k)
 
     @property
     def heads(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,20 +10,22 @@ from torch import Tensor, fx, nn
 
 from kvpass.errors import RequestError
 from kvpass.ir.execute import evaluate
+from kvpass.ir.fixpoint import Block, Run, find_block, limits, solve
 from kvpass.ir.fold import fold_weights
-from kvpass.ir.ops import linear
+from kvpass.ir.ops import REFERENCES, linear
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program, aten, placeholder, to_module
 from kvpass.ir.sites import SiteFinder
-from kvpass.passes.insert_cache import Inserted, insert_cache, prove_tables
+from kvpass.passes.insert_cache import Inserted, insert_cache, prove_tables, store_names
 from kvpass.runtime.state import State
 
+QUICK = {aten.linear.default: linear}
+"""What computes products with weights on a CPU (cached entries only: `forward` stays what was captured)."""
 
-def _quicken_products(module: fx.GraphModule) -> None:
-    """Compute products with weights in the quickest way (cached entries only: `forward` stays what was captured)."""
+
+def _quicken(module: fx.GraphModule, quick: Mapping[Any, Any]) -> None:
     for node in module.graph.nodes:
-        if node.target is aten.linear.default:
-            node.target = linear
+        node.target = quick.get(node.target, node.target) if node.op == "call_function" else node.target
     module.recompile()
 
 
@@ -43,9 +46,12 @@ class Executor(nn.Module):
             tensor = folded.read(name).to(device)
             self._tensors[name] = tensor if weight.constant else nn.Parameter(tensor, requires_grad=False)
         self.entries = {entry: to_module(folded, entry, self._tensors, device) for entry in folded.entries}
-        if device.type == "cpu":
-            for entry in ("prefill", "decode"):
-                _quicken_products(self.entries[entry])
+        self.quick: Mapping[Any, Any] = QUICK if device.type == "cpu" else {}
+        for entry in ("prefill", "decode"):
+            _quicken(self.entries[entry], self.quick)
+        self.limits = limits(folded.forward)
+        self.passes = 1  # that the last `forward` took
+        self._blocks: dict[str, Block] = {}
         for entry, module in self.entries.items():
             self.add_module(f"entry_{entry}", module)
         self._tables: dict[str, Tensor] = {}
@@ -58,29 +64,86 @@ class Executor(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, V] of token ids [B, S], every token seen at once."""
         self.check_length(int(input_ids.shape[1]))
-        result: Tensor = self.entries["forward"](input_ids.to(self.device))
-        return result
+        ids = input_ids.to(self.device)
+        if self.limits is None:
+            result: Tensor = self.entries["forward"](ids)
+            return result
+        graph = self.program.forward
+        given = {placeholder(graph, "input_ids"): ids}
+        length = int(ids.shape[1])
+        solved = solve(graph, self._block("forward"), given, self._run(REFERENCES), self.limits, length, exact=True)
+        self.passes = solved.passes
+        return torch.as_tensor(solved.value)
 
     # ------------------------------------------------------------------ with a cache
 
-    def step(self, input_ids: Tensor, state: State, last: Tensor | None) -> Tensor:
+    def step(self, input_ids: Tensor, state: State, last: Tensor | None, stops: Tensor | None = None) -> Tensor:
         """Run S tokens per row through the cache without advancing the lengths; logits [B, S, V], or [B, 1, V] of
-        `last`."""
-        count = int(input_ids.shape[1])
+        `last`. Tokens at or beyond `stops` [B] are padding."""
+        ids = input_ids.to(self.device)
+        count = int(ids.shape[1])
         end = state.max_length + count
-        state.reserve(end)
         self.check_length(end)
-        arguments: dict[str, Any] = {"starts": state.lengths, "end": end, "ragged": state.ragged}
-        for index in range(len(self.plan)):
-            arguments[f"cache_k_{index}"] = state.keys[index]
-            arguments[f"cache_v_{index}"] = state.values[index]
+        state.prepare(count, stops)
+        arguments: dict[str, Any] = {"starts": state.lengths, "stops": stops, "end": end, "ragged": state.ragged}
+        for owner, tensors in state.stores.items():
+            arguments |= dict(zip(store_names(self.plan, owner), tensors, strict=True))
         arguments |= self._position_tables(end)
         entry = "decode"
         if last is not None:
             entry, arguments["last"] = "prefill", last
         with torch.no_grad():
-            result: Tensor = self.entries[entry](input_ids.to(self.device), **arguments)
+            if self.limits is not None and count > 1:
+                return self._repeat(entry, ids, arguments, state)
+            result: Tensor = self.entries[entry](ids, **arguments)
         return result
+
+    def _repeat(self, entry: str, ids: Tensor, arguments: dict[str, Any], state: State) -> Tensor:
+        """Several tokens at once where layers read a layer above them: passes over the block between, or one by one."""
+        assert self.limits is not None
+        graph, block = self.program.entries[entry], self._block(entry)
+        options = {"end": arguments["end"], "ragged": arguments["ragged"]}
+        for owner in {c.kv_source for c in self.plan if c.upward and c.kv_source is not None}:
+            cache = self.plan[owner]
+            shape = (ids.shape[0], cache.kv_heads, ids.shape[1])
+            k, v = (
+                torch.zeros((*shape, dim), dtype=cache.dtype, device=self.device)
+                for dim in (cache.key_dim, cache.value_dim)
+            )
+            layout, starts, stops = self.plan.layout(owner), arguments["starts"], arguments["stops"]
+            layout.write(state.stores[owner], k, v, starts, stops, **options)
+        given = {n: arguments[str(n.target)] for n in graph.nodes if n.op == "placeholder" and n.target in arguments}
+        given[placeholder(graph, "input_ids")] = ids
+        run = self._run({**REFERENCES, **self.quick})
+        length = int(ids.shape[1])
+        solved = solve(graph, block, given, run, self.limits, length, exact=False)
+        if solved.converged or not self.limits.fallback:
+            state.passes.append((solved.passes, solved.converged))
+            result: Tensor = solved.value
+            return result
+        state.passes.append((solved.passes + length, True))
+        parts = []
+        starts, first = arguments["starts"], int(arguments["end"]) - length
+        for index in range(length):
+            single = {k: v for k, v in arguments.items() if k != "last"}
+            single |= {"starts": starts + index, "end": first + index + 1}
+            parts.append(self.entries["decode"](ids[:, index : index + 1], **single))
+        logits = torch.cat(parts, dim=1)
+        if entry == "decode":
+            return logits
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, arguments["last"]].unsqueeze(1)
+
+    def _block(self, entry: str) -> Block:
+        if entry not in self._blocks:
+            self._blocks[entry] = find_block(self.program.entries[entry])
+        return self._blocks[entry]
+
+    def _run(self, lowered: Mapping[Any, Any]) -> Run:
+        def run(nodes: Sequence[fx.Node], given: dict[fx.Node, Any]) -> list[Any]:
+            return evaluate(nodes, given, lambda name: self._tensors[name], self.device, lowered=lowered)
+
+        return run
 
     def check_length(self, length: int) -> None:
         longest = self.program.facts.max_positions

@@ -1,4 +1,4 @@
-"""Cache state: preallocated keys and values per layer, and how many tokens each row holds."""
+"""Cache state: the stores of every layer, preallocated, and how many tokens each row holds."""
 
 from __future__ import annotations
 
@@ -18,53 +18,68 @@ class State:
     Attributes:
         plan: what each layer stores.
         lengths: [B] int64, tokens that each row holds.
-        keys, values: per layer [B, Hkv, C, D] and [B, Hkv, C, Dv]; entries beyond a row's length are never read.
+        stores: per owner of keys and values, the tensors of its layout, [B, Hkv, slots, ...]; entries beyond a row's
+            length are never read.
+        capacity: tokens per row that there is room for; it grows when that runs out.
+        passes: what each run of several tokens took, where layers read the layer above (`ir.fixpoint`): the passes, and
+            whether keys and values stood still.
     """
 
     plan: CachePlan
     lengths: Tensor
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    stores: dict[int, list[Tensor]] = field(default_factory=dict)
+    capacity: int = 0
     max_length: int = 0
     ragged: bool = False
+    passes: list[tuple[int, bool]] = field(default_factory=list)
 
     @staticmethod
     def empty(plan: CachePlan, batch: int, capacity: int, device: torch.device) -> State:
-        """A state for `batch` rows with room for `capacity` tokens each; it grows when that runs out."""
-        state = State(plan, torch.zeros(batch, dtype=torch.long, device=device))
-        for layer in plan:
-            shape = (batch, layer.kv_heads, capacity)
-            state.keys.append(torch.zeros((*shape, layer.key_dim), dtype=layer.dtype, device=device))
-            state.values.append(torch.zeros((*shape, layer.value_dim), dtype=layer.dtype, device=device))
+        """A state for `batch` rows with room for `capacity` tokens each."""
+        if any(c.page for c in plan):
+            from kvpass.runtime.paged import PagedState
+
+            return PagedState.fresh(plan, batch, capacity, device)
+        state = State(plan, torch.zeros(batch, dtype=torch.long, device=device), capacity=capacity)
+        for owner in plan.owners():
+            cache, layout = plan[owner], plan.layout(owner)
+            specs = layout.specs(cache.key_dim, cache.value_dim, cache.dtype, layout.slots(capacity))
+            state.stores[owner] = [
+                torch.zeros((batch, cache.kv_heads, spec.slots, *spec.tail), dtype=spec.dtype, device=device)
+                for spec in specs
+            ]
         return state
 
     @property
     def batch(self) -> int:
         return int(self.lengths.shape[0])
 
-    @property
-    def capacity(self) -> int:
-        return int(self.keys[0].shape[2])
-
     def allocated_bytes(self) -> int:
         """Bytes held by the caches and everything beside them, measured from the tensors."""
-        return sum(t.numel() * t.element_size() for t in [*self.keys, *self.values, self.lengths])
+        tensors = [self.lengths, *(t for store in self.stores.values() for t in store)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def used_bytes(self) -> int:
         """Bytes of the entries that hold tokens, all layers and rows."""
-        tokens = int(self.lengths.sum())
-        return tokens * self.plan.bytes_per_token()
+        return sum(self.plan.bytes(1, length) for length in self.lengths.tolist())
+
+    def prepare(self, count: int, stops: Tensor | None = None) -> None:
+        """Make room for `count` more tokens in each row; a row needs none at or beyond its `stops`."""
+        self.reserve(self.max_length + count)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens per row, keeping what is held."""
         if capacity <= self.capacity:
             return
-        grown = max(capacity, 2 * self.capacity)
-        for tensors in (self.keys, self.values):
-            for index, old in enumerate(tensors):
-                new = old.new_zeros((old.shape[0], old.shape[1], grown, old.shape[3]))
-                new[:, :, : self.max_length] = old[:, :, : self.max_length]
-                tensors[index] = new
+        self.capacity = max(capacity, 2 * self.capacity)
+        for owner, tensors in self.stores.items():
+            cache, layout = self.plan[owner], self.plan.layout(owner)
+            specs = layout.specs(cache.key_dim, cache.value_dim, cache.dtype, layout.slots(self.capacity))
+            for index, (spec, old) in enumerate(zip(specs, tensors, strict=True)):
+                if spec.slots > old.shape[2]:
+                    new = old.new_zeros((old.shape[0], old.shape[1], spec.slots, *spec.tail))
+                    new[:, :, : old.shape[2]] = old
+                    tensors[index] = new
 
     def advance(self, counts: Tensor | int) -> None:
         """Record that each row took `counts` tokens more."""
@@ -78,21 +93,21 @@ class State:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in that order and with repeats (beam search, leaving a batch)."""
-        for row in rows.tolist():
+        self._checked(rows)
+        self.lengths = self.lengths.index_select(0, rows)
+        self.stores = {owner: [t.index_select(0, rows) for t in ts] for owner, ts in self.stores.items()}
+        self.refresh()
+
+    def _checked(self, rows: Tensor) -> list[int]:
+        wanted: list[int] = rows.tolist()
+        for row in wanted:
             if not 0 <= row < self.batch:
                 raise RequestError(f"row {row} does not exist in a batch of {self.batch}")
-        self.lengths = self.lengths.index_select(0, rows)
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
-        self.refresh()
+        return wanted
 
     def clone(self) -> State:
         """An independent copy."""
+        stores = {owner: [t.clone() for t in ts] for owner, ts in self.stores.items()}
         return State(
-            self.plan,
-            self.lengths.clone(),
-            [k.clone() for k in self.keys],
-            [v.clone() for v in self.values],
-            self.max_length,
-            self.ragged,
+            self.plan, self.lengths.clone(), stores, self.capacity, self.max_length, self.ragged, list(self.passes)
         )

@@ -90,10 +90,11 @@ class Transformed(nn.Module):
         executor.check_length(longest)
         state = State.empty(self.plan, batch, max(capacity or 0, longest), self.device)
         logits: Tensor | None = None
+        stops = counts.to(self.device) if int(counts.min()) < longest else None
         for start in range(0, longest, chunk):
             stop = min(start + chunk, longest)
             ends = (counts - 1 - start).clamp(0, stop - start - 1).to(self.device)
-            part = executor.step(ids[:, start:stop], state, ends)[:, 0]
+            part = executor.step(ids[:, start:stop], state, ends, stops)[:, 0]
             finishes = ((counts > start) & (counts <= stop)).to(self.device).unsqueeze(1)
             logits = part if logits is None else torch.where(finishes, part, logits)
             state.lengths = torch.full_like(state.lengths, stop)

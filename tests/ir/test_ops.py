@@ -243,7 +243,7 @@ def test_torch_accepts_attend(ragged):
     q, k, v = qkv(queries=3, keys=3, dtype=torch.float32)
     keys, values = (torch.zeros_like(t) for t in cache())
     starts = torch.tensor([2, 4]) if ragged else torch.tensor([4, 4])
-    torch.library.opcheck(attend.default, (q, k, v, keys, values, starts), {"scale": 0.5, "end": 7, "ragged": ragged})
+    torch.library.opcheck(attend.default, (q, k, v, [keys, values], starts), {"scale": 0.5, "end": 7, "ragged": ragged})
 
 
 # ---------------------------------------------------------------------- the cached form
@@ -273,7 +273,7 @@ def test_attend_is_attention_on_what_was_written(steps, options):
         place += count
         found.append(
             attend(
-                q[:, :, part], k[:, :, part], v[:, :, part], keys, values, starts,
+                q[:, :, part], k[:, :, part], v[:, :, part], [keys, values], starts,
                 scale=0.4, end=place, ragged=False, **options,
             )
         )  # fmt: skip
@@ -294,7 +294,7 @@ def test_rows_that_start_apart_attend_to_their_own_tokens(count, options):
         keys[row, :, :start], values[row, :, :start] = k[row, :, :start], v[row, :, :start]
     index = starts.view(-1, 1) + torch.arange(count)
     new = [torch.stack([t[row][:, index[row]] for row in range(3)]) for t in (q, k, v)]
-    found = attend(*new, keys, values, starts, scale=0.4, end=total, ragged=True, **options)
+    found = attend(*new, [keys, values], starts, scale=0.4, end=total, ragged=True, **options)
     for row, start in enumerate(starts.tolist()):
         stop = start + count
         alone = attention(
@@ -310,7 +310,7 @@ def test_entries_beyond_a_rows_length_are_never_read_even_when_they_are_nan():
     q, k, v = qkv(queries=1, keys=1, dtype=torch.float32)
     keys, values = (torch.nan_to_num(t, 1e4) for t in cache())
     keys[:, :, :2], values[:, :, :2] = 0.5, 0.5
-    found = attend(q, k, v, keys, values, torch.tensor([2, 8]), scale=0.4, end=9, ragged=True)
+    found = attend(q, k, v, [keys, values], torch.tensor([2, 8]), scale=0.4, end=9, ragged=True)
     assert bool(found[0].abs().max() < 100), "row 0 read what is beyond its three tokens"
 
 

@@ -28,10 +28,28 @@ def test_a_token_costs_its_heads_channels_and_dtype():
     assert plan.bytes(0, 100) == plan.bytes(3, 0) == 0
 
 
-def test_a_window_that_is_only_a_mask_saves_no_bytes():
-    """Every token is stored today, whatever the layer may read; the figure is of what is held, not of what is read."""
+def test_a_window_bounds_what_a_layer_stores():
     plan = CachePlan((layer(0, window=8, sinks=2), layer(1)))
-    assert plan.bytes(2, 100) == 200 * plan.bytes_per_token() == 200 * 640
+    assert plan.bytes_per_token() == 640
+    assert plan.bytes(2, 100) == 2 * (10 + 100) * 320
+    assert plan.bytes(2, 5) == 2 * 2 * 5 * 320
+    assert not plan.bounded
+    assert CachePlan((layer(0, window=8, sinks=2),)).bounded
+
+
+def test_a_store_keeps_what_its_widest_reader_needs():
+    plan = CachePlan((layer(0, window=8, sinks=2), layer(1, window=20, kv_source=0), layer(2, kv_source=0)))
+    assert plan.owners() == [0]
+    assert (plan.layout(0).window, plan.layout(0).sinks) == (0, 0)
+    assert plan.bytes(1, 100) == 100 * 320
+    narrower = CachePlan(plan.layers[:2])
+    assert (narrower.layout(0).window, narrower.layout(0).sinks) == (20, 2)
+    assert narrower.bytes(1, 100) == 22 * 320
+
+
+def test_a_layer_whose_mask_is_a_table_keeps_everything():
+    plan = CachePlan((layer(0, window=8, positions="tabulated mask"),))
+    assert plan.bytes(1, 100) == 100 * 320
 
 
 def test_a_head_is_not_split_over_devices():

@@ -307,7 +307,7 @@ def test_each_layer_may_have_a_count_of_its_own():
     assert [c.kv_heads for c in result.plan] == [4, 2]
     assert compare(logits_of(model), logits_of(result)) < EXACT
     _, state = result.prefill(token_ids())
-    assert [(k.shape[1], v.shape[1]) for k, v in zip(state.keys, state.values, strict=True)] == [(4, 4), (2, 2)]
+    assert [(k.shape[1], v.shape[1]) for k, v in state.stores.values()] == [(4, 4), (2, 2)]
 
 
 def test_one_head_for_all_is_mqa():

@@ -53,15 +53,15 @@ def test_the_cache_grows_beyond_its_capacity(fixture, request):
         assert_same(model.decode(tokens[:, place : place + 1], state)[:, 0], expected[:, place], f"growth at {place}")
     assert state.capacity >= 40
     assert state.allocated_bytes() > before
-    assert state.used_bytes() == 3 * 40 * model.plan.bytes_per_token() == model.plan.bytes(3, 40)
+    assert state.used_bytes() == model.plan.bytes(3, 40) <= 3 * 40 * model.plan.bytes_per_token()
 
 
 def test_room_that_was_asked_for_is_there_and_is_not_grown(llama):
     _, state = llama.prefill(ids(length=5), capacity=32)
-    kept = state.keys[0]
+    kept = state.stores[0][0]
     llama.decode(ids(length=27, seed=2), state)
     assert state.capacity == 32
-    assert state.keys[0] is kept
+    assert state.stores[0][0] is kept
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 23, 24, 100])
@@ -325,10 +325,10 @@ def test_a_chunk_of_nothing_is_refused(llama):
 
 def test_another_batch_than_the_states_is_refused(llama):
     _, state = llama.prefill(ids())
-    before = [k.clone() for k in state.keys]
+    before = [s[0].clone() for s in state.stores.values()]
     with pytest.raises(RequestError, match="2 rows were given to a state of 3"):
         llama.decode(ids(2, 1), state)
-    assert all(torch.equal(a, b) for a, b in zip(before, state.keys, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, [s[0] for s in state.stores.values()], strict=True))
 
 
 @pytest.mark.parametrize("rows", [[0, 3], [-1, 0]])
