@@ -31,6 +31,7 @@ unit: install
 
 docs: install
 	$(BIN)/python -m benchmarks.matrix --write docs/families.md
+	$(BIN)/python -m benchmarks.plans --write docs/plans.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

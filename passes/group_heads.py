@@ -113,7 +113,7 @@ class GroupHeads(Pass):
         finder = SiteFinder(program)
         counts = [self.kv_heads] * len(finder) if isinstance(self.kv_heads, int) else list(self.kv_heads)
         sites = list(finder)
-        bases = [_basis(site) for site in sites]
+        bases = [basis_of(site) for site in sites]
         _self_test(program, bases, context)
         total = len(sites)
         job = _Job(self, program, teacher, context, counts, bases)
@@ -476,7 +476,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _basis(site: AttentionSite) -> KeyBasis:
+def basis_of(site: AttentionSite) -> KeyBasis:
     """Which changes of basis keys and queries of a site allow, as found by running it.
 
     Raises:

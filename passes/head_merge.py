@@ -344,13 +344,13 @@ def _merge_pairs(cov: Tensor, energy: Tensor, basis: KeyBasis, method: Method) -
     if method == "procrustes" or not basis.magnitude:
         weight = torch.ones_like(energy) if method == "procrustes" else _weights(energy)
         weighted = weight.unsqueeze(2) * cov * weight.unsqueeze(1)
-        c = _unit(torch.linalg.eigh(weighted).eigenvectors[..., -1])
+        c = unit(torch.linalg.eigh(weighted).eigenvectors[..., -1])
         for _ in range(ROUNDS):
-            turned = _unit((weighted @ c.unsqueeze(2)).squeeze(2), c)
+            turned = unit((weighted @ c.unsqueeze(2)).squeeze(2), c)
             moved, c = float((turned - c).abs().max()), turned
             if moved < SETTLED:
                 break
-        c = c * _unit(c[:, :1]).conj()
+        c = c * unit(c[:, :1]).conj()
         b = c.conj() / members
         return b, c, lost(b, c)
     w = _weights(energy)
@@ -360,7 +360,7 @@ def _merge_pairs(cov: Tensor, energy: Tensor, basis: KeyBasis, method: Method) -
     size = (b.unsqueeze(1) @ cov @ b.conj().unsqueeze(2)).squeeze(2).squeeze(1).real.clamp_min(0)
     old = cov.diagonal(dim1=1, dim2=2).real.mean(1)
     strongest = torch.gather(b, 1, b.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-    factor = torch.where(size > 0, (old / size.clamp_min(1e-300)).sqrt(), 1.0) * _unit(strongest).conj()
+    factor = torch.where(size > 0, (old / size.clamp_min(1e-300)).sqrt(), 1.0) * unit(strongest).conj()
     factor = torch.where(factor.abs() > 0, factor, torch.ones_like(factor)).unsqueeze(1)
     b, c = b * factor, c / factor
     return b, c, lost(b, c)
@@ -372,7 +372,7 @@ def _weights(energy: Tensor) -> Tensor:
     return torch.where(floor > 0, energy.maximum(floor), torch.ones_like(energy)).sqrt()
 
 
-def _unit(z: Tensor, fallback: Tensor | None = None) -> Tensor:
+def unit(z: Tensor, fallback: Tensor | None = None) -> Tensor:
     """z / |z|, and 1 (or `fallback`) where z is 0."""
     size = z.abs()
     other = torch.ones_like(z) if fallback is None else fallback
@@ -417,10 +417,10 @@ def _merge_vectors(cov: Tensor, gram: Tensor, method: Method, full: bool) -> tup
         return best, same, lost(best, same)
     if method == "procrustes":
         spectral = torch.linalg.eigh(flat).eigenvectors[:, -dim:].reshape(members, dim, dim)
-        turns = _closest_turn(spectral.mT)  # close to the answer already
+        turns = closest_turn(spectral.mT)  # close to the answer already
         for _ in range(ROUNDS):
             forward = turns.permute(1, 0, 2).reshape(dim, members * dim) / members
-            turned = _closest_turn((forward @ flat).reshape(dim, members, dim).permute(1, 0, 2))
+            turned = closest_turn((forward @ flat).reshape(dim, members, dim).permute(1, 0, 2))
             moved, turns = float((turned - turns).abs().max()), turned
             if moved < SETTLED:
                 break
@@ -434,14 +434,14 @@ def _merge_vectors(cov: Tensor, gram: Tensor, method: Method, full: bool) -> tup
     forward = torch.cat([basis[h * dim : (h + 1) * dim].T @ roots[h] for h in range(members)], dim=1)
     backward = [inverses[h] @ basis[h * dim : (h + 1) * dim] for h in range(members)]
     # what is left free: any invertible map. The new vector is turned towards the mean of the old ones, and as large.
-    turn = _closest_turn(mean @ flat @ forward.T)
+    turn = closest_turn(mean @ flat @ forward.T)
     size = float((forward @ flat @ forward.T).trace())
     factor = (float(flat.trace()) / members / size) ** 0.5 if size > 0 else 1.0
     forward, backward = factor * turn @ forward, [b @ turn.T / factor for b in backward]
     return forward, backward, lost(forward, backward)
 
 
-def _closest_turn(cross: Tensor) -> Tensor:
+def closest_turn(cross: Tensor) -> Tensor:
     """The orthogonal R [..., D, D] of largest tr(R^T cross): R x is closest to y for cross = E[y x^T] (Procrustes)."""
     left, _, right = torch.linalg.svd(cross)
     return left @ right

@@ -70,9 +70,9 @@ class Inserted:
 def insert_cache(program: Program, plan: CachePlan) -> Inserted:
     """Add the entries `prefill` and `decode` to a program.
 
-    Both take (input_ids [B, S], starts [B] int64, stops [B] int64 or None, end, ragged, *the tensors of each store,
-    *tables); see `kvpass::attend`. `prefill` also takes `last` [B] int64, the index of each row's last token among the
-    S, and returns logits [B, 1, V].
+    Both take (input_ids [B, S], starts [B] int64, stops [B] int64 or None, end, ragged, base, *the tensors of each
+    store, *tables); see `kvpass::attend`. The tables' first rows are those of position `base`. `prefill` also takes
+    `last` [B] int64, the index of each row's last token among the S, and returns logits [B, 1, V].
 
     Raises:
         UnsupportedError: something in the model depends on the length of the whole sequence.
@@ -101,7 +101,9 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
         end = graph.placeholder("end")
     with graph.inserting_after(end):
         ragged = graph.placeholder("ragged")
-    anchor = ragged
+    with graph.inserting_after(ragged):
+        base = graph.placeholder("base")
+    anchor = base
     caches: dict[int, list[fx.Node]] = {}
     for owner in plan.owners():
         caches[owner] = []
@@ -116,7 +118,9 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
     with graph.inserting_after(steps):
         column = graph.call_function(aten.unsqueeze.default, (starts, 1))
     with graph.inserting_after(column):
-        positions = graph.call_function(aten.add.Tensor, (column, steps))
+        absolute = graph.call_function(aten.add.Tensor, (column, steps))
+    with graph.inserting_after(absolute):
+        positions = graph.call_function(aten.sub.Tensor, (absolute, base))
 
     inputs: dict[fx.Node, fx.Node] = {}
     finder = SiteFinder(program)
@@ -334,6 +338,25 @@ def _token_by_token(finder: SiteFinder, start: fx.Node, result: fx.Node) -> bool
     except RuntimeError:
         return False
     return part.shape[1] == 1 and torch.equal(whole[:, -1:], part)
+
+
+def movable(finder: SiteFinder, inserted: Inserted) -> list[fx.Node]:
+    """The nodes that number the tokens, where moving them moves every table; none where that cannot be shown.
+
+    Then the rows of any stretch of positions can be computed by themselves, and in more than single precision.
+    """
+    nodes = [t.node for t in inserted.tables]
+    counts = finder.position_sources(nodes)
+    if not counts or any(t.square >= 0 for t in inserted.tables):
+        return []
+    whole = [t.rows(v) for t, v in zip(inserted.tables, finder.run(nodes, {}, 1, 11), strict=True)]
+    for base, length in ((3, 4), (9, 2)):
+        moved: dict[fx.Node, Tensor] = {n: torch.arange(base, base + length) for n in counts}
+        values = finder.run(nodes, moved, 1, length)
+        for table, value, rows in zip(inserted.tables, values, whole, strict=True):
+            if not torch.equal(table.rows(value), rows[base : base + length]):
+                return []
+    return counts
 
 
 def prove_tables(finder: SiteFinder, inserted: Inserted) -> None:

@@ -14,7 +14,6 @@ from kvpass.errors import PlanError
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.passes.base import Context, Effect, Pass, Rewritten
-from kvpass.passes.quantize_kv import check_kivi
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class PageKV(Pass):
             raise PlanError("the cache is paged already", where=where, fix="page once")
         for layer in plan:
             plan = plan.with_layer(layer.layer, page=self.page)
-        check_kivi(plan, where)
-        return plan
+        return plan.checked(where)
 
     def rewrite(self, program: Program, context: Context) -> Rewritten:
         program.page_size = self.page

@@ -18,7 +18,6 @@ from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.sites import SiteFinder
 from kvpass.passes.base import Context, Effect, Pass, Rewritten
-from kvpass.passes.share_layers import check_upward
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ class QuantizeKV(Pass):
             fmt.check_dim(layer.key_dim)
             fmt.check_dim(layer.value_dim)
             plan = plan.with_layer(layer.layer, format=fmt)
-        check_kivi(plan, where)
-        check_upward(plan, where)
-        return plan
+        return plan.checked(where)
 
     def rewrite(self, program: Program, context: Context) -> Rewritten:
         from kvpass.ir.check import plan_of
@@ -76,27 +73,3 @@ class QuantizeKV(Pass):
         for site in sites:
             site.node.kwargs = {**site.node.kwargs, "kv_format": fmt}
         return Rewritten(len(sites), len(sites), [{"layer": s.layer, "stored": fmt} for s in sites])
-
-
-def check_kivi(plan: CachePlan, where: str) -> None:
-    """What KIVI cannot be combined with: it keeps groups of tokens, and the latest tokens apart.
-
-    Raises:
-        PlanError: a window would cut through groups; pages do not hold the latest tokens.
-    """
-    for owner in plan.owners():
-        layout = plan.layout(owner)
-        if not layout.kivi:
-            continue
-        if layout.window:
-            raise PlanError(
-                f"layer {owner} keeps a window, which would cut through KIVI's groups of {layout.format.group} tokens",
-                where=where,
-                fix='use layout="token"',
-            )
-        if layout.page:
-            raise PlanError(
-                "KIVI keeps each sequence's latest tokens in a buffer of its own, which pages do not hold",
-                where=where,
-                fix='use layout="token"',
-            )

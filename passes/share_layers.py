@@ -26,6 +26,7 @@ from kvpass.ir.execute import ancestors
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import FEEDBACK, Program, aten, insert_call, placeholder, sweep
 from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
+from kvpass.passes.align_heads import align
 from kvpass.passes.base import Context, Effect, Pass, Rewritten
 from kvpass.passes.group_heads import weight_name
 from kvpass.passes.split_projections import FACT
@@ -54,6 +55,8 @@ class ShareLayers(Pass):
             `pizza|sandwich|lasagna[-bottom|-middle|-top]:L` (L owners; bottom by default); or the list as `0_1_1_3`,
             where a number followed by s marks a layer with a sliding window.
         init: an owner keeps its own projections (`copy`), or takes the mean over all layers that read it (`mean`).
+        align: adapt each reader's query heads and W_O to the keys and values that it gets, fitted to calibration text
+            (`kvpass.passes.align_heads`).
         upward: allow edges to a layer above. Names that say so (`lckv`, `-middle`, `-top`) need no permission.
         strict: which layers do not read their own token: `readers` of a layer above, or `all` (the models of the LCKV
             paper).
@@ -67,6 +70,7 @@ class ShareLayers(Pass):
 
     kv_source: tuple[int, ...] | str
     init: Literal["copy", "mean"] = "copy"
+    align: bool = False
     upward: bool = False
     strict: Literal["readers", "all"] = "readers"
     window: int = 0
@@ -82,7 +86,11 @@ class ShareLayers(Pass):
 
     @property
     def requires(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({FACT}) if self.init == "mean" else frozenset()
+        return frozenset({FACT}) if self.init == "mean" or self.align else frozenset()
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.align
 
     def plan(self, plan: CachePlan) -> CachePlan:
         sources = read_sources(self.kv_source, len(plan))
@@ -120,8 +128,7 @@ class ShareLayers(Pass):
                 plan = plan.with_layer(layer, window=self.window, sinks=0)
             if source != layer:
                 plan = plan.with_layer(layer, kv_source=source, format=plan[source].format)
-        check_upward(plan, where)
-        return plan
+        return plan.checked(where)
 
     def rewrite(self, program: Program, context: Context) -> Rewritten:
         finder = SiteFinder(program)
@@ -129,6 +136,11 @@ class ShareLayers(Pass):
         sites = list(finder)
         for site in sites:
             _same_rotation(site, sites[sources.layers[site.layer]])
+        aligned: dict[int, dict[str, Any]] = {}
+        if self.align:
+            records = align(program, sources.layers, context, turning=self.init == "mean")
+            aligned = {record["layer"]: record for record in records}
+            sites = list(SiteFinder(program))
         if self.init == "mean":
             for owner in sorted(set(sources.layers)):
                 readers = [sites[i] for i, source in enumerate(sources.layers) if source == owner]
@@ -151,7 +163,10 @@ class ShareLayers(Pass):
                 options |= {"window": self.window, "sinks": 0}
             site.node.args = (site.node.args[0], *operands, *site.node.args[3:])
             site.node.kwargs = {**site.node.kwargs, **options, "kv_format": owning.option("kv_format")}
-            details.append({"layer": site.layer, "kv_source": source, "window": int(site.option("window"))})
+            details.append(
+                {"layer": site.layer, "kv_source": source, "window": int(site.option("window"))}
+                | aligned.get(site.layer, {})
+            )
         sweep(program.forward)
         changed = sum(i != s or i in sources.sliding or self.strict == "all" for i, s in enumerate(sources.layers))
         return Rewritten(changed, len(sites), details)
@@ -261,31 +276,6 @@ def _same_shape(plan: CachePlan, layer: int, source: int, where: str) -> None:
         raise PlanError(
             f"layers {layer} and {source} count positions differently", where=where, fix="slide all layers in one way"
         )
-
-
-def check_upward(plan: CachePlan, where: str) -> None:
-    """What a store that is written from above cannot be: it is written again in every pass over a prompt.
-
-    Raises:
-        PlanError: a ring or a residual would have forgotten by the second pass what the first one wrote over.
-    """
-    for layer in plan:
-        if not layer.upward or layer.kv_source is None:
-            continue
-        layout = plan.layout(layer.kv_source)
-        pair = f"layer {layer.layer} reads layer {layer.kv_source} above it"
-        if layout.window:
-            raise PlanError(
-                f"{pair}, whose cache would keep a window only, and a ring cannot be written again in every pass",
-                where=where,
-                fix="let layers read one below them, or leave that layer without a window",
-            )
-        if layout.kivi:
-            raise PlanError(
-                f"{pair}, whose latest tokens would be kept apart (KIVI) and cannot be written again in every pass",
-                where=where,
-                fix="let layers read one below them, or quantize per token",
-            )
 
 
 def _same_rotation(reader: AttentionSite, owner: AttentionSite) -> None:

@@ -20,12 +20,11 @@ import torch
 from torch import fx
 
 from kvpass.errors import PlanError, UnsupportedError
-from kvpass.ir.execute import in_order
+from kvpass.ir.execute import ancestors, in_order
 from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import Program, Role, aten, insert_call, placeholder, sweep
+from kvpass.ir.program import Program, Role, aten, clone_into, insert_call, merge_equal, placeholder, sweep
 from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
 from kvpass.passes.base import Context, Effect, Pass, Rewritten
-from kvpass.passes.share_layers import check_upward
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ class SlideWindow(Pass):
                     where=where,
                     fix="give all layers that share a window, or use positions='text'",
                 )
-        check_upward(plan, where)
-        return plan
+        return plan.checked(where)
 
     def _per_layer(self, layers: int) -> list[tuple[int, int]]:
         lists = []
@@ -119,6 +117,7 @@ class SlideWindow(Pass):
                 changed += 1
             details.append({"layer": site.layer, "window": window, "sinks": sinks})
         sweep(program.forward)
+        merge_equal(program.forward)
         return Rewritten(changed, len(per_layer), details)
 
 
@@ -140,6 +139,17 @@ def _check_rotation(site: AttentionSite) -> None:
         )
 
 
+def _between(starts: list[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """What depends on `starts` and `end` is made from, in order."""
+    reached = set(starts)
+    found = []
+    for node in in_order(ancestors([end], starts)):
+        if node not in reached and any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+            found.append(node)
+    return found
+
+
 def _query_at(program: Program, site: AttentionSite, most: int) -> fx.Node:
     """The queries as they are at position min(t, most): a copy of their path that reads its tables there."""
     graph = program.forward
@@ -147,9 +157,6 @@ def _query_at(program: Program, site: AttentionSite, most: int) -> fx.Node:
     finder = site.finder
     small, large = program.shapes("forward", 2, 5), program.shapes("forward", 3, 7)
     ids = placeholder(graph, "input_ids")
-    length = insert_call(graph, site.node, aten.sym_size.int, ids, 1)
-    steps = insert_call(graph, site.node, aten.arange.default, length, device=torch.device("cpu"))
-    place = insert_call(graph, site.node, aten.clamp.default, steps, None, most)
     mapping: dict[fx.Node, fx.Node] = {}
     inside = set(path.nodes)
     for node in path.nodes:
@@ -157,7 +164,15 @@ def _query_at(program: Program, site: AttentionSite, most: int) -> fx.Node:
             if source in inside or source in mapping or finder.roles[source] != Role.POSITION:
                 continue
             axes = [i for i, p in enumerate(zip(small[source].shape, large[source].shape, strict=True)) if p == (5, 7)]
-            if len(axes) == 1:
+            counts = finder.position_sources([source])
+            if len(axes) == 1 and counts:  # what numbers the tokens stops counting
+                held = {n: insert_call(graph, site.node, aten.clamp.default, n, None, most) for n in counts}
+                reached = _between(counts, source)
+                mapping[source] = clone_into(graph, reached, dict(held), site.node)[source]
+            elif len(axes) == 1:  # rows of a table by position
+                length = insert_call(graph, site.node, aten.sym_size.int, ids, 1)
+                steps = insert_call(graph, site.node, aten.arange.default, length, device=torch.device("cpu"))
+                place = insert_call(graph, site.node, aten.clamp.default, steps, None, most)
                 mapping[source] = insert_call(graph, site.node, aten.index_select.default, source, axes[0], place)
             elif axes:
                 raise UnsupportedError(

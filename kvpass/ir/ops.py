@@ -8,6 +8,7 @@ Shapes: B batch, S query length, T key length, H query heads, Hkv KV heads, D he
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ def visible(
     return mask
 
 
+@dataclass(frozen=True)
+class Sinking:
+    """Queries [B, H, S, D] of their own for the first `columns` keys, where `where` [B or 1, 1, 1, columns] says so."""
+
+    q: Tensor
+    columns: int
+    where: Tensor | None = None
+
+
 def _masked_attention(
     q: Tensor,  # [B, H, S, D]
     k: Tensor,  # [B, Hkv, T, D]
@@ -59,8 +69,7 @@ def _masked_attention(
     softcap: float,
     sink_logits: Tensor | None,  # [H]
     may_be_empty: bool,
-    sink_q: tuple[Tensor, Tensor]
-    | None = None,  # queries [B, H, S, D] for some keys, and which: bool [B or 1, 1, 1, T]
+    sinking: Sinking | None = None,
 ) -> Tensor:
     """Explicit softmax attention on packed query heads; a row with nothing to read gives zeros."""
     batch, heads, length, _ = q.shape
@@ -68,19 +77,19 @@ def _masked_attention(
     group = heads // kv_heads
     packed = q.reshape(batch, kv_heads, group * length, q.shape[3])
     free = seen is None and bias is None and sink_logits is None and softcap == 0 and not may_be_empty
-    free = free and sink_q is None
-    if free and q.dtype == torch.float32:
+    if free and sinking is None and q.dtype == torch.float32:
         return _read_all(packed, k, v, scale).view(batch, heads, length, v.shape[3])
     scores = torch.matmul(packed, k.transpose(-1, -2)).view(batch, kv_heads, group, length, keys)
-    if sink_q is not None:
-        other, where = sink_q
-        other = other.reshape(batch, kv_heads, group * length, q.shape[3])
-        sinking = torch.matmul(other, k.transpose(-1, -2)).view(batch, kv_heads, group, length, keys)
-        scores = torch.where(where.unsqueeze(2), sinking, scores)
+    if sinking is not None and sinking.columns:
+        other = sinking.q.reshape(batch, kv_heads, group * length, q.shape[3])
+        few = torch.matmul(other, k[:, :, : sinking.columns].transpose(-1, -2)).unflatten(2, (group, length))
+        if sinking.where is not None:
+            few = torch.where(sinking.where.unsqueeze(2), few, scores[..., : sinking.columns])
+        scores = torch.cat([few, scores[..., sinking.columns :]], dim=-1)
     scores = scores * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float()
+    scores = scores if scores.dtype == torch.float64 else scores.float()
 
     def by_group(table: Tensor) -> Tensor:
         if table.dim() == 4 and table.shape[1] != 1:
@@ -88,11 +97,11 @@ def _masked_attention(
         return table.unsqueeze(1) if table.dim() == 4 else table
 
     if bias is not None:
-        scores = scores + by_group(bias.float())
+        scores = scores + by_group(bias.to(scores.dtype))
     if seen is not None:
         scores = scores.masked_fill(~by_group(seen), NEG_INF)
     if sink_logits is not None:
-        sink = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, length, 1)
+        sink = sink_logits.to(scores.dtype).view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, length, 1)
         probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
     else:
         if may_be_empty:  # filled before the softmax too: a NaN that is overwritten still has a NaN for a gradient
@@ -147,12 +156,13 @@ def _attend_positions(
     sink_logits: Tensor | None,
     alibi_slopes: Tensor | None,
     mask: Tensor | None,
+    sink_q: Tensor | None = None,
 ) -> Tensor:
     """Attention of S queries at positions first .. first+S-1 over keys at positions 0 .. T-1."""
     length, keys = q.shape[2], k.shape[2]
     if length == 0:
         return q.new_zeros((*q.shape[:3], v.shape[3]))
-    unbiased = mask is None and alibi_slopes is None
+    unbiased = mask is None and alibi_slopes is None and sink_q is None
     if length == 1 and unbiased and _reads_all(first, keys, causal, strict, window):
         return _masked_attention(q, k, v, None, None, scale, softcap, sink_logits, False)
     uniform = not isinstance(first, Tensor)
@@ -174,10 +184,15 @@ def _attend_positions(
         else:
             query_pos = (rows + first).view(1, 1, -1, 1)
             high = max(0, min(keys, first + stop)) if causal or strict else keys
-            low = max(0, first + start - window + 1) if window > 0 and sinks == 0 else 0
+            if window > 0 and (sinks == 0 or mask is None):
+                low = min(high, max(0, first + start - window + 1))
+        lead = min(sinks, low)  # sinks that lie before the others
         one_new_token = uniform and stop - start == 1 and high == first + stop
         queries, block_k, block_v = q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high]
         key_pos = torch.arange(low, high, device=q.device)
+        if lead:
+            block_k, block_v = (torch.cat([t[:, :, :lead], t[:, :, low:high]], dim=2) for t in (k, v))
+            key_pos = torch.cat([torch.arange(lead, device=q.device), key_pos])
         seen = visible(
             query_pos,
             key_pos,
@@ -202,8 +217,11 @@ def _attend_positions(
             distance = (key_pos - query_pos).float()
             slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * distance
             bias = slope_bias if bias is None else bias + slope_bias
+        sinking = None
+        if sink_q is not None:
+            sinking = Sinking(sink_q[:, :, start:stop], min(sinks, len(key_pos)))
         blocks.append(
-            _masked_attention(queries, block_k, block_v, seen, bias, scale, softcap, sink_logits, may_be_empty)
+            _masked_attention(queries, block_k, block_v, seen, bias, scale, softcap, sink_logits, may_be_empty, sinking)
         )
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
@@ -229,15 +247,16 @@ def _attend_parts(
     """Attention over entries that stand anywhere; `covered` says that the layer reads all that its store keeps."""
     length = q.shape[2]
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-    if len(parts) == 1 and sink_q is None and parts[0].reads == "all":
+    if len(parts) == 1 and parts[0].reads == "all":
         (part,) = parts
         if part.positions is None and not part.sure:
             return _attend_positions(
                 q, part.k, part.v, first, causal=causal, strict=strict, window=window, sinks=sinks,
-                alibi_slopes=alibi_slopes, mask=mask, **options,
+                alibi_slopes=alibi_slopes, mask=mask, sink_q=sink_q, **options,
             )  # fmt: skip
         if part.sure and covered and length == 1 and causal and not strict and alibi_slopes is None and mask is None:
-            return _masked_attention(q, part.k, part.v, None, None, may_be_empty=False, sink_q=None, **options)
+            sinking = None if sink_q is None else Sinking(sink_q, min(sinks, part.k.shape[2]))
+            return _masked_attention(q, part.k, part.v, None, None, may_be_empty=False, sinking=sinking, **options)
     keys, values = (_joined([getattr(p, name) for p in parts], 2) for name in ("k", "v"))
     key_pos = _joined([_positions(p) for p in parts], 1).unsqueeze(1).unsqueeze(1)  # [B or 1, 1, 1, T]
     if isinstance(first, Tensor):
@@ -263,17 +282,19 @@ def _attend_parts(
         if alibi_slopes is not None:
             slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * (key_pos - here).float()
             bias = slope_bias if bias is None else bias + slope_bias
-        sinking = None if sink_q is None else (sink_q[:, :, start:stop], (key_pos >= 0) & (key_pos < sinks))
+        sinking = None
+        if sink_q is not None:
+            sinking = Sinking(sink_q[:, :, start:stop], keys.shape[2], (key_pos >= 0) & (key_pos < sinks))
         blocks.append(
             _masked_attention(
-                q[:, :, start:stop], keys, values, seen, bias, may_be_empty=True, sink_q=sinking, **options
+                q[:, :, start:stop], keys, values, seen, bias, may_be_empty=True, sinking=sinking, **options
             )
         )
     return _joined(blocks, 2)
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
-    if len({t.shape[0] for t in tensors}) > 1:
+    if any(t.shape[0] != tensors[0].shape[0] for t in tensors):  # sizes may be symbols, which have no hash
         batch = max(t.shape[0] for t in tensors)
         tensors = [t.expand(batch, *t.shape[1:]) for t in tensors]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)

@@ -95,6 +95,43 @@ class CachePlan:
         sinks = max(c.sinks for c in readers) if bounded else 0
         return Layout(cache.format, window, sinks, cache.page)
 
+    def checked(self, where: str) -> CachePlan:
+        """The plan itself, where every store can be what its readers ask for; `where` is for the message.
+
+        Raises:
+            PlanError: two wishes exclude each other, with the reason.
+        """
+        for owner in self.owners():
+            layout = self.layout(owner)
+            above = next((c.layer for c in self.readers(owner) if c.upward), None)
+            if above is not None and layout.window:
+                raise PlanError(
+                    f"layer {above} reads layer {owner} above it, whose cache would keep a window only, and a ring "
+                    "cannot be written again in every pass over a prompt",
+                    where=where,
+                    fix="let layers read one below them, or leave that layer without a window",
+                )
+            if above is not None and layout.kivi:
+                raise PlanError(
+                    f"layer {above} reads layer {owner} above it, whose latest tokens would be kept apart (KIVI) and "
+                    "cannot be written again in every pass over a prompt",
+                    where=where,
+                    fix="let layers read one below them, or quantize per token",
+                )
+            if layout.kivi and layout.window:
+                raise PlanError(
+                    f"layer {owner} keeps a window, which would cut through KIVI's groups of tokens",
+                    where=where,
+                    fix='use layout="token"',
+                )
+            if layout.kivi and layout.page:
+                raise PlanError(
+                    "KIVI keeps each sequence's latest tokens in a buffer of its own, which pages do not hold",
+                    where=where,
+                    fix='use layout="token"',
+                )
+        return self
+
     @property
     def upward(self) -> bool:
         """Whether a layer reads the keys and values of one above it, so that prefill takes several passes."""

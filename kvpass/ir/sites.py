@@ -14,7 +14,7 @@ So no family and no spelling is special. What does not fit is refused with `Refu
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -149,6 +149,23 @@ class SiteFinder:
             return tensor.to(widened(tensor.dtype))
 
         return evaluate(outputs, start | given, weight, widen=widened)
+
+    def position_sources(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """The nodes that number the tokens 0, 1, 2, … and from which `nodes` know positions, found by running them.
+
+        What is given to them instead moves everything that depends on positions. Those made from other ones are left
+        out.
+        """
+        above = in_order(ancestors(nodes))
+        whole = [n for n in above if n.op == "call_function" and self.roles[n] == Role.POSITION]
+        counted = [n for n in whole if _is_count(self.shapes.get(n))]
+        values = [self.run(counted, {}, 2, length) for length in (5, 7)]
+        found: list[fx.Node] = []
+        for node, small, large in zip(counted, *values, strict=True):
+            numbers = all(torch.equal(v, torch.arange(len(v), dtype=v.dtype)) for v in (small, large))
+            if numbers and (len(small), len(large)) == (5, 7) and not ancestors([node]) & set(found):
+                found.append(node)
+        return found
 
     def probe_weight(self, name: str) -> Tensor:
         weight = self.program.weights[name]
@@ -479,6 +496,10 @@ class Path:
         if best is None:
             raise Refusal("its rows are not laid out apart from other operands' before a norm or RoPE", self.target)
         return best
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point() and value.numel() > 1
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:

@@ -9,18 +9,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvpass.errors import RequestError
-from kvpass.ir.execute import evaluate
+from kvpass.ir.execute import evaluate, to_double
 from kvpass.ir.fixpoint import Block, Run, find_block, limits, solve
 from kvpass.ir.fold import fold_weights
 from kvpass.ir.ops import REFERENCES, linear
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program, aten, placeholder, to_module
 from kvpass.ir.sites import SiteFinder
-from kvpass.passes.insert_cache import Inserted, insert_cache, prove_tables, store_names
+from kvpass.passes.insert_cache import Inserted, insert_cache, movable, prove_tables, store_names
 from kvpass.runtime.state import State
 
 QUICK = {aten.linear.default: linear}
 """What computes products with weights on a CPU (cached entries only: `forward` stays what was captured)."""
+
+
+STRETCH = 4096  # positions up to which the tables of a bounded cache are kept from the first one on
 
 
 def _quicken(module: fx.GraphModule, quick: Mapping[Any, Any]) -> None:
@@ -54,8 +57,12 @@ class Executor(nn.Module):
         self._blocks: dict[str, Block] = {}
         for entry, module in self.entries.items():
             self.add_module(f"entry_{entry}", module)
+        self._names = {owner: store_names(plan, owner) for owner in plan.owners()}
+        self._counts = movable(SiteFinder(folded), self.inserted) if plan.bounded else []
+        shapes = folded.shapes()
+        self._table_dtypes = {t.node: shapes[t.node].dtype for t in self.inserted.tables}
         self._tables: dict[str, Tensor] = {}
-        self._table_length = 0
+        self._table_base = self._table_length = 0
 
     def weights(self) -> dict[str, Tensor]:
         """The folded weights by name, on the device."""
@@ -87,8 +94,9 @@ class Executor(nn.Module):
         state.prepare(count, stops)
         arguments: dict[str, Any] = {"starts": state.lengths, "stops": stops, "end": end, "ragged": state.ragged}
         for owner, tensors in state.stores.items():
-            arguments |= dict(zip(store_names(self.plan, owner), tensors, strict=True))
-        arguments |= self._position_tables(end)
+            arguments |= zip(self._names[owner], tensors, strict=True)
+        arguments |= self._position_tables(state.min_length, end)
+        arguments["base"] = self._table_base
         entry = "decode"
         if last is not None:
             entry, arguments["last"] = "prefill", last
@@ -114,7 +122,26 @@ class Executor(nn.Module):
             layout.write(state.stores[owner], k, v, starts, stops, **options)
         given = {n: arguments[str(n.target)] for n in graph.nodes if n.op == "placeholder" and n.target in arguments}
         given[placeholder(graph, "input_ids")] = ids
-        run = self._run({**REFERENCES, **self.quick})
+        owners = [self.plan[int(str(n.kwargs["layer"]))] for n in block.written]
+        again = {c.layer if c.kv_source is None else c.kv_source for c in owners}
+        rings = {  # a ring that is written forgets what the next pass would read
+            owner: [tensor.clone() for tensor in tensors]
+            for owner, tensors in state.stores.items()
+            if self.plan.layout(owner).ring
+        }
+
+        def restore(owners: set[int]) -> None:
+            for owner in owners & rings.keys():
+                for tensor, kept in zip(state.stores[owner], rings[owner], strict=True):
+                    tensor.copy_(kept)
+
+        lowered = self._run({**REFERENCES, **self.quick})
+
+        def run(nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> list[Any]:
+            if any(n in block.written for n in nodes):
+                restore(again)
+            return lowered(nodes, values)
+
         length = int(ids.shape[1])
         solved = solve(graph, block, given, run, self.limits, length, exact=False)
         if solved.converged or not self.limits.fallback:
@@ -122,6 +149,7 @@ class Executor(nn.Module):
             result: Tensor = solved.value
             return result
         state.passes.append((solved.passes + length, True))
+        restore(set(rings))
         parts = []
         starts, first = arguments["starts"], int(arguments["end"]) - length
         for index in range(length):
@@ -163,7 +191,12 @@ class Executor(nn.Module):
             for n in ancestors([table.node])
         )
 
-    def _position_tables(self, length: int) -> dict[str, Tensor]:
+    def _position_tables(self, start: int, length: int) -> dict[str, Tensor]:
+        """Rows of the tables for positions from `start` (or before) up to `length`."""
+        if self._counts and length > STRETCH:
+            return self._stretch(start, length)
+        if self._table_base:
+            self._table_base = self._table_length = 0
         if length > self._table_length:
             wanted = max(length, min(2 * self._table_length, length + 4096), 64)
             longest = self.program.facts.max_positions
@@ -186,6 +219,27 @@ class Executor(nn.Module):
                 f"table_{t.node.name}": t.rows(v) for t, v in zip(self.inserted.tables, values, strict=True)
             }
             self._table_length = wanted
+        return self._tables
+
+    def _stretch(self, start: int, end: int) -> dict[str, Tensor]:
+        """Rows for a stretch of positions alone, with angles in double precision: text without end."""
+        if not self._table_base <= start <= end <= self._table_base + self._table_length:
+            count = end - start + STRETCH
+            ids = placeholder(self.program.forward, "input_ids")
+            given: dict[fx.Node, Any] = {ids: torch.zeros((1, count), dtype=torch.long, device=self.device)}
+            given |= {n: torch.arange(start, start + count, device=self.device) for n in self._counts}
+
+            def weight(name: str) -> Tensor:
+                held = self._tensors[name].detach()
+                return held.to(to_double(held.dtype))
+
+            with torch.no_grad():
+                values = evaluate([t.node for t in self.inserted.tables], given, weight, self.device, widen=to_double)
+            self._tables = {
+                f"table_{t.node.name}": t.rows(v.to(self._table_dtypes[t.node]))
+                for t, v in zip(self.inserted.tables, values, strict=True)
+            }
+            self._table_base, self._table_length = start, count
         return self._tables
 
     def _evaluate(self, nodes: list[fx.Node], ids: fx.Node, length: int) -> list[Tensor]:

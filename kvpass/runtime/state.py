@@ -29,6 +29,7 @@ class State:
     lengths: Tensor
     stores: dict[int, list[Tensor]] = field(default_factory=dict)
     capacity: int = 0
+    min_length: int = 0
     max_length: int = 0
     ragged: bool = False
     passes: list[tuple[int, bool]] = field(default_factory=list)
@@ -89,7 +90,7 @@ class State:
     def refresh(self) -> None:
         """Bring the host's copy of the longest length up to date."""
         longest, shortest = int(self.lengths.max()), int(self.lengths.min())
-        self.max_length, self.ragged = longest, longest != shortest
+        self.min_length, self.max_length, self.ragged = shortest, longest, longest != shortest
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in that order and with repeats (beam search, leaving a batch)."""
@@ -108,6 +109,6 @@ class State:
     def clone(self) -> State:
         """An independent copy."""
         stores = {owner: [t.clone() for t in ts] for owner, ts in self.stores.items()}
-        return State(
-            self.plan, self.lengths.clone(), stores, self.capacity, self.max_length, self.ragged, list(self.passes)
-        )
+        copied = State(self.plan, self.lengths.clone(), stores, self.capacity, passes=list(self.passes))
+        copied.refresh()
+        return copied

@@ -406,19 +406,19 @@ def test_a_nan_weight_is_named():
 
 
 def test_wrong_rope_pairs_are_noticed(monkeypatch):
-    right = group_heads._basis
+    right = group_heads.basis_of
 
     def interleaved(site):
         return replace(right(site), pairs=tuple((i, i + 1) for i in range(0, site.head_dim, 2)))
 
-    monkeypatch.setattr(group_heads, "_basis", interleaved)
+    monkeypatch.setattr(group_heads, "basis_of", interleaved)
     with pytest.raises(CheckError, match="a change of basis that should not matter"):
         grouped(families.build("llama_mha"), 4)
 
 
 def test_a_scale_that_a_norm_takes_back_is_noticed(monkeypatch):
-    right = group_heads._basis
-    monkeypatch.setattr(group_heads, "_basis", lambda site: replace(right(site), phase=True, magnitude=True))
+    right = group_heads.basis_of
+    monkeypatch.setattr(group_heads, "basis_of", lambda site: replace(right(site), phase=True, magnitude=True))
     with pytest.raises(CheckError, match="a change of basis that should not matter"):
         grouped(families.build("qwen3"), 1)
 
