@@ -23,7 +23,7 @@ from kvpass.export.program_folder import copy_companions
 from kvpass.ir.check import compare
 from kvpass.ir.execute import evaluate
 from kvpass.ir.fold import fold_weights
-from kvpass.ir.plan import CachePlan
+from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.ir.program import Program, output_node, placeholder
 from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
 from kvpass.ir.sites import Path as OperandPath
@@ -116,6 +116,15 @@ def _capture_target(config: Any, program: Program) -> Program:
             fix="use save() and kvpass.load()",
         ) from error
     wanted, got = plan_of(program), plan_of(target)
+    for mine, other in zip(SiteFinder(program), SiteFinder(target), strict=True):
+        reason = _unsaid(wanted[mine.layer], got[mine.layer])
+        if reason or mine.option("strict") != other.option("strict"):
+            raise UnsupportedError(
+                f"layer {mine.layer} {reason or 'does not read its own token'}, which a {facts.family} config cannot "
+                "say",
+                where=f"{facts.family} config",
+                fix="use save() and kvpass.load(), which keep any plan",
+            )
     if _shape(wanted) != _shape(got) and _shape(wanted) != _shape(_distinct(target)):
         raise UnsupportedError(
             f"the {facts.family} config cannot express {wanted.layers[0].kv_heads} KV heads "
@@ -124,6 +133,19 @@ def _capture_target(config: Any, program: Program) -> Program:
             fix="use save() and kvpass.load(), which keep any plan",
         )
     return target
+
+
+def _unsaid(wanted: LayerCache, got: LayerCache) -> str:
+    """What a layer of the program does and the same layer of the family's model does not, besides its KV heads."""
+    if wanted.kv_source != got.kv_source:
+        return f"reads the keys and values of layer {wanted.kv_source}"
+    if (wanted.window, wanted.sinks) != (got.window, got.sinks):
+        return f"reads a window of {wanted.window} tokens and the first {wanted.sinks}"
+    if wanted.cache_positions != got.cache_positions:
+        return "counts positions in its cache"
+    if wanted.format != got.format:
+        return f"reads keys and values as {wanted.format} stores them"
+    return ""
 
 
 def _shape(plan: CachePlan) -> list[tuple[int, ...]]:

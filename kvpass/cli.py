@@ -8,6 +8,7 @@ Whatever is slow to import is imported inside the commands.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -19,12 +20,13 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum, StrEnum
+from inspect import Parameter, signature
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
     from kvpass.api import LayerFacts, ModelSummary
     from kvpass.ir.plan import CachePlan
     from kvpass.manager import Report
+    from kvpass.passes.base import Pass
     from kvpass.quality import Scored
+    from kvpass.quality.sharing import EdgeLoss
     from kvpass.recipe import Recipe
     from kvpass.runtime.transformed import Transformed
 
@@ -69,6 +73,30 @@ class Grouping(StrEnum):
     auto = "auto"
     search = "search"
     contiguous = "contiguous"
+
+
+class Init(StrEnum):
+    """What the owner of shared keys and values projects with."""
+
+    copy = "copy"
+    mean = "mean"
+
+
+class Bits(StrEnum):
+    """Bits per stored number."""
+
+    eight = "8"
+    four = "4"
+    two = "2"
+
+
+class Format(StrEnum):
+    """How numbers are stored."""
+
+    auto = "auto"
+    token = "token"
+    kivi = "kivi"
+    fp8 = "fp8"
 
 
 class Save(StrEnum):
@@ -139,18 +167,154 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face model folder or cached hub id, or a kvpass folder.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
-RecipeOption = Annotated[Path | None, typer.Option("--recipe", metavar="R.toml", help="Passes, as a TOML file.")]
-HeadsOption = Annotated[
-    str | None, typer.Option("--kv-heads", metavar="N[,N…]", help="KV heads of every layer, or one number per layer.")
-]
-MethodOption = Annotated[Method | None, typer.Option("--method", help="How heads become one.  [default: pca]")]
-RefitOption = Annotated[Refit | None, typer.Option("--refit", help="What is fitted to text.  [default: none]")]
-GroupingOption = Annotated[Grouping | None, typer.Option("--grouping", help="Which heads share.  [default: auto]")]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps per layer of distill.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; a GPU when there is one.")]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="What to compute in; float32 on a CPU, else the checkpoint's.")
 ]
+UpwardOption = Annotated[bool, typer.Option("--upward", help="Let layers read a layer above them, too.")]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a command line says of a recipe: the path of a file, or passes in the order in which they stand here."""
+
+    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="R.toml", help="Passes, as a TOML file.")] = None
+    kv_heads: Annotated[
+        str | None,
+        typer.Option("--kv-heads", metavar="N[,N…]", help="KV heads of every layer, or one number per layer."),
+    ] = None
+    method: Annotated[Method | None, typer.Option("--method", help="How heads become one.  [default: pca]")] = None
+    refit: Annotated[Refit | None, typer.Option("--refit", help="What is fitted to text.  [default: none]")] = None
+    grouping: Annotated[Grouping | None, typer.Option("--grouping", help="Which heads share.  [default: auto]")] = None
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps per layer of distill.")] = None
+    share_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--share-layers", metavar="TEXT", help="Who reads whom: cla:2, yoco, lckv:2, pizza-bottom:5, 0_1_1_3."
+        ),
+    ] = None
+    share_init: Annotated[
+        Init | None, typer.Option("--share-init", help="What an owner projects with.  [default: copy]")
+    ] = None
+    share_align: Annotated[
+        bool, typer.Option("--share-align", help="Fit readers' queries and W_O to what they read; needs text.")
+    ] = False
+    upward: UpwardOption = False
+    window: Annotated[
+        str | None, typer.Option("--window", metavar="N[,N…]", help="Latest tokens that layers read; 0 leaves a layer.")
+    ] = None
+    sinks: Annotated[
+        str | None, typer.Option("--sinks", metavar="N[,N…]", help="First tokens that stay.  [default: 4]")
+    ] = None
+    cache_positions: Annotated[
+        bool, typer.Option("--cache-positions", help="Count positions in the cache, for text without end.")
+    ] = False
+    kv_bits: Annotated[Bits | None, typer.Option("--kv-bits", help="Quantize the cache.")] = None
+    kv_format: Annotated[Format | None, typer.Option("--kv-format", help="And how.  [default: auto]")] = None
+    page: Annotated[int | None, typer.Option("--page", min=1, metavar="N", help="Keep it in pages of N tokens.")] = None
+
+    def build(self) -> Recipe:
+        """The recipe.
+
+        Raises:
+            RequestError: a file and flags, a flag whose pass is not asked for, or a value that cannot be read.
+        """
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and v is not False}
+        path = given.pop("recipe", None)
+        if path is not None and given:
+            raise RequestError(
+                f"--recipe and {_option(next(iter(given)))} exclude each other", fix="put everything into the recipe"
+            )
+        passes: list[dict[str, Any]] = []
+        for name, (asking, *others) in PASS_FLAGS.items():
+            found = [flag for flag in others if flag in given]
+            if asking in given:
+                passes.append({"name": name})
+                for flag in (asking, *found):
+                    passes[-1] |= _knob(flag, given[flag])
+            elif found:
+                raise RequestError(
+                    f"{_option(found[0])} belongs to {_option(asking)}, which is not given",
+                    fix=f"give {_option(asking)} too, or leave {_option(found[0])} out",
+                )
+
+        from kvpass.recipe import Recipe, build
+
+        if path is not None:
+            return Recipe.load(path)
+        return Recipe(tuple(build(entry, "the command line") for entry in passes))
+
+
+PASS_FLAGS = {
+    "group-heads": ("kv_heads", "method", "refit", "grouping", "steps"),
+    "share-layers": ("share_layers", "share_init", "share_align", "upward"),
+    "slide-window": ("window", "sinks", "cache_positions"),
+    "quantize-kv": ("kv_bits", "kv_format"),
+    "page-kv": ("page",),
+}
+"""Passes in the order in which they compose: each with the flag that asks for it, then those that belong to it."""
+
+KNOBS = {
+    "share_layers": "kv_source",
+    "share_init": "init",
+    "share_align": "align",
+    "kv_bits": "bits",
+    "kv_format": "layout",
+}
+"""What flags are called in a recipe, where that is not their own name."""
+
+
+def _option(flag: str) -> str:
+    return "--" + flag.replace("_", "-")
+
+
+def _knob(flag: str, value: Any) -> dict[str, Any]:
+    """A flag as a knob of its pass."""
+    if flag == "cache_positions":
+        return {"positions": "cache"}
+    if value is Format.fp8:
+        return {"kind": "fp8"}
+    if flag in ("kv_heads", "window", "sinks"):
+        value = _counts(_option(flag), value)
+    elif flag == "kv_bits":
+        value = int(value)
+    elif isinstance(value, Enum):
+        value = value.value
+    return {KNOBS.get(flag, flag): value}
+
+
+def _counts(option: str, text: str) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(
+            f"{option} takes a number, or numbers with commas, not {text!r}",
+            where=option,
+            fix="write 2, or 4,4,2,2 with one number per layer",
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _takes_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Flags` in the place of its parameter `flags`."""
+    hints = get_type_hints(Flags, include_extras=True)
+    options = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]) for f in fields(Flags)
+    ]
+    own = signature(command, eval_str=True)
+    parameters = []
+    for parameter in own.parameters.values():
+        shown = parameter.replace(kind=Parameter.KEYWORD_ONLY)
+        parameters += options if parameter.name == "flags" else [shown]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        flags = Flags(**{name: given.pop(name) for name in hints})
+        command(flags=flags, **given)
+
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def main() -> None:
@@ -183,7 +347,7 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     Layers, heads, masks, RoPE and cache bytes, as capture proves them. No weight is read.
     """
     with _session(as_json) as out:
-        found = _inspect(model)
+        found = _summary(_source(model, None, None))
         out.document = _summary_document(found)
         if as_json:
             return
@@ -199,16 +363,15 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+@_takes_flags
 def plan(
     model: ModelArgument,
-    recipe: RecipeOption = None,
-    kv_heads: HeadsOption = None,
-    method: MethodOption = None,
-    refit: RefitOption = None,
-    grouping: GroupingOption = None,
-    steps: StepsOption = None,
+    flags: Flags,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in the cache.")] = 1,
     length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens per sequence.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Count numbers in this dtype, not in the checkpoint's.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """The dry run: what the cache would be.
@@ -216,46 +379,131 @@ def plan(
     A recipe that does not apply is refused with the reason. No weight is read.
     """
     with _session(as_json) as out:
-        chosen = _recipe(recipe, kv_heads, method, refit, grouping, steps)
-        found = _inspect(model)
-        before = after = found.plan
+        chosen = flags.build()
+        source = _source(model, None, None)
+        found, hidden = _summary(source), _hidden_size(source)
+        before = after = _counted(found.plan, _dtype(dtype))
         for step in chosen.passes:
             after = step.plan(after)
             if found.passes.get(step.key(), "ok") != "ok":
                 raise PlanError(f"{step.describe()} does not apply: {found.passes[step.key()]}", where=model)
         tokens = length or found.max_positions or 4096
+        per_token = (before.bytes_per_token(), after.bytes_per_token())
+        whole = (before.bytes(batch, tokens), after.bytes(batch, tokens))
+        unread = _unread_projections(before, after, hidden)
+        steps = chosen.passes if isinstance(source, str) else (*source.recipe.passes, *chosen.passes)
+        prompt = _repeated_layers(after, steps)
         out.document = {
             "model": found.name,
             "family": found.family,
             "recipe": [{"name": p.key(), **p.options()} for p in chosen.passes],
-            "layers": after.table(),
-            "bytes_per_token": {"before": before.bytes_per_token(), "after": after.bytes_per_token()},
+            "layers": _rows(after),
+            "bytes_per_token": {"before": per_token[0], "after": per_token[1]},
             "batch": batch,
             "length": tokens,
-            "bytes": {"before": before.bytes(batch, tokens), "after": after.bytes(batch, tokens)},
+            "bytes": {"before": whole[0], "after": whole[1]},
+            "factor": {"bytes_per_token": per_token[0] / per_token[1], "bytes": whole[0] / whole[1]},
+            "stored": _stored(after),
+            "parameters": found.parameters,
+            "unread_projections": {"layers": unread[0], "parameters": unread[1]},
+            "prefill": prompt and prompt.to_dict(),
         }
         if as_json:
             return
         typer.echo(f"{found.name}: " + (", then ".join(p.describe() for p in chosen.passes) or "as it is"))
         _print_plan(after)
-        typer.echo(_change("cache", before.bytes_per_token(), after.bytes_per_token()) + " bytes per token")
-        small, large = after.bytes(batch, tokens), before.bytes(batch, tokens)
-        typer.echo(f"       {_size(large)} -> {_size(small)} for {batch:,} x {tokens:,} tokens ({_dtypes(after)})")
+        typer.echo(_change("cache", *per_token) + " bytes per token" + _factor(*per_token))
+        typer.echo(
+            f"       {_size(whole[0])} -> {_size(whole[1])} for {batch:,} x {tokens:,} tokens ({_stored(after)})"
+            + _factor(*whole)
+        )
+        if unread[1]:
+            typer.echo(
+                f"keys and values of {unread[0]} of {len(after)} layers are not computed: their W_K and W_V hold "
+                f"{unread[1]:,} parameters ({unread[1] / found.parameters:.1%} of the model)"
+            )
+        if prompt is not None:
+            typer.echo(prompt.line())
+
+
+def _unread_projections(before: CachePlan, after: CachePlan, hidden: int | None) -> tuple[int, int]:
+    """Layers that lose their own keys and values from one plan to the next, and the parameters of their W_K and W_V
+    [kv_heads * (key_dim + value_dim), hidden], biases left out; none where the model's width is not known."""
+    layers = [new for old, new in zip(before, after, strict=True) if old.owner and not new.owner]
+    return len(layers), sum(c.kv_heads * (c.key_dim + c.value_dim) for c in layers) * (hidden or 0)
+
+
+USUAL_PASSES = 9  # over a prompt, in the models of the LCKV paper (Wu and Tu 2024, arXiv 2405.10637): 7 and 2
+
+
+@dataclass(frozen=True)
+class RepeatedLayers:
+    """The layers that are run several times over a prompt, since some of them read a layer above them.
+
+    Attributes:
+        first, last: from the first such reader to the highest layer that one reads.
+        layers: of the model.
+        limit: at most so many passes; 0 for as many as it takes.
+        fallback: whether a prompt that needs more is then read token by token.
+    """
+
+    first: int
+    last: int
+    layers: int
+    limit: int = 0
+    fallback: bool = True
+
+    @property
+    def passes(self) -> int:
+        """The passes that a figure is given for."""
+        return self.limit or USUAL_PASSES
+
+    def cost(self, passes: int) -> float:
+        """What so many passes cost, in plain prefills: at most so much, for of the last layer only keys and values are
+        computed again."""
+        return 1 + (passes - 1) * (self.last - self.first + 1) / self.layers
+
+    def line(self) -> str:
+        """The sentence of `kvpass plan`."""
+        until = "until keys and values stand still"
+        if self.limit:
+            until += f", at most {self.limit} times" + (" and then token by token" if self.fallback else "")
+        share = f"{self.last - self.first + 1}/{self.layers}"
+        count = f"{self.passes} pass" + "es" * (self.passes > 1)
+        return (
+            f"prefill repeats layers {self.first}..{self.last} of {self.layers} {until}: n passes cost "
+            f"1 + (n-1)*{share} times a plain prefill ({count}: {self.cost(self.passes):.1f}x)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "passes": self.passes, "cost": self.cost(self.passes)}
+
+
+def _repeated_layers(plan: CachePlan, steps: Sequence[Pass] = ()) -> RepeatedLayers | None:
+    """What a plan repeats of a prompt, and how often where a pass of its recipe says so; None for nothing."""
+    edges = [(c.layer, c.kv_source) for c in plan if c.upward and c.kv_source is not None]
+    if not edges:
+        return None
+    found = RepeatedLayers(min(reader for reader, _ in edges), max(owner for _, owner in edges), len(plan))
+
+    from kvpass.passes.share_layers import ShareLayers
+
+    for step in steps:
+        if isinstance(step, ShareLayers):
+            found = replace(found, limit=step.passes, fallback=step.fallback)
+    return found
 
 
 # ---------------------------------------------------------------------- transform
 
 
 @app.command()
+@_takes_flags
 def transform(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.")],
-    recipe: RecipeOption = None,
-    kv_heads: HeadsOption = None,
-    method: MethodOption = None,
-    refit: RefitOption = None,
-    grouping: GroupingOption = None,
-    steps: StepsOption = None,
+    flags: Flags,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="FILE", help="A text file; needed by a refit.")
     ] = None,
@@ -272,10 +520,9 @@ def transform(
     """Rewrite a model and save it."""
     with _session(as_json) as out:
         began = time.perf_counter()
-        if recipe is None and kv_heads is None:
-            _recipe(recipe, kv_heads, method, refit, grouping, steps)  # says so where only a knob was given
-            raise RequestError("nothing is to be done", fix="give --kv-heads N, or --recipe R.toml")
-        chosen = _recipe(recipe, kv_heads, method, refit, grouping, steps)
+        chosen = flags.build()
+        if flags.recipe is None and not chosen.passes:
+            raise RequestError("nothing is to be done", fix="ask for a pass, such as --kv-heads N, or give --recipe")
         _check_output(output, model, overwrite)
         _check_calibration(chosen, calibration)
         source = _source(model, device, dtype)
@@ -300,7 +547,7 @@ def transform(
             "model": model,
             "recipe": [{"name": p.key(), **p.options()} for p in chosen.passes],
             "report": report.to_dict(),
-            "layers": slim.plan.table(),
+            "layers": _rows(slim.plan),
             "bytes_per_token": {
                 "before": report.passes[0].bytes_per_token_before if report.passes else slim.plan.bytes_per_token(),
                 "after": slim.plan.bytes_per_token(),
@@ -355,8 +602,11 @@ def _check_calibration(recipe: Recipe, calibration: Path | None) -> None:
         if step.needs_calibration:
             raise RequestError(
                 f"{step.describe()} needs calibration text",
-                fix="give --calibration FILE (some pages like what the model is used for), or --refit none",
+                fix="give --calibration FILE (some pages like what the model is used for), or leave out the fit",
             )
+
+
+EXPRESSIBLE = ("group-heads", "page-kv", "split-projections")  # a Hugging Face model still computes the same
 
 
 def _check_expressible(source: str | Transformed, recipe: Recipe) -> None:
@@ -369,6 +619,13 @@ def _check_expressible(source: str | Transformed, recipe: Recipe) -> None:
     with _hushed():
         program = capture(source, weights=False) if isinstance(source, str) else source.program
     before, after = plan_of(program), make_plan(program, recipe.passes)
+    for step in (*(() if isinstance(source, str) else source.recipe.passes), *recipe.passes):
+        if step.key() not in EXPRESSIBLE:
+            raise UnsupportedError(
+                f"a plain checkpoint cannot say what {step.describe()} does",
+                where=f"{program.facts.family} config",
+                fix="use --save kvpass, which keeps any plan",
+            )
     counts = sorted({layer.kv_heads for layer in after})
     if len(counts) > 1:
         raise UnsupportedError(
@@ -469,15 +726,37 @@ def evaluate(
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of text.")] = 32,
     retrieval: Annotated[bool, typer.Option("--retrieval", help="Ask for pass keys planted in the text too.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the pass keys.")] = 0,
+    scan_sharing: Annotated[
+        bool, typer.Option("--scan-sharing", help="Of one model: let one layer read another, pair by pair.")
+    ] = False,
+    max_distance: Annotated[
+        int | None, typer.Option("--max-distance", min=1, metavar="N", help="Pairs at most so far apart.  [default: 2]")
+    ] = None,
+    upward: UpwardOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quality at measured cache bytes, side by side.
 
-    Likelihood of held-out text whose beginning is in the cache, divergence from the first model, and retrieval.
+    Likelihood of held-out text whose beginning is in the cache, divergence from the first model, and retrieval; or,
+    with --scan-sharing, what it costs that one layer reads another's keys and values, for each pair of layers.
     """
     with _session(as_json) as out:
+        if scan_sharing:
+            if len(models) > 1 or retrieval:
+                other = "--retrieval" if retrieval else "a second model"
+                raise RequestError(f"--scan-sharing and {other} exclude each other", fix="scan one model by itself")
+            sizes = {"context": context, "continuation": continuation, "windows": windows}
+            limits = {"upward": upward} | ({"max_distance": max_distance} if max_distance else {})
+            out.document, edges = _scan_sharing(models[0], text, sizes | limits, device, dtype, as_json)
+            if not as_json:
+                _print_scan(out.document, edges)
+            return
+        if upward or max_distance is not None:
+            option = "--upward" if upward else "--max-distance"
+            raise RequestError(f"{option} belongs to --scan-sharing, which is not given", fix="give --scan-sharing too")
+
         from kvpass.calibration import encode, load_tokenizer, read_text
 
         for model in models:
@@ -519,6 +798,64 @@ def evaluate(
             typer.echo("the models compute in different dtypes: " + _listing(runtimes, "dtype"))
         if {f["runtime"] for f in runtimes.values()} != {"kvpass"}:
             typer.echo("what ran them: " + _listing(runtimes, "runtime"))
+
+
+def _scan_sharing(
+    model: str, text: Path, options: Mapping[str, Any], device: str | None, dtype: Dtype | None, as_json: bool
+) -> tuple[dict[str, Any], Sequence[EdgeLoss]]:
+    """The document and the edges of `kvpass eval --scan-sharing`."""
+    from kvpass.calibration import read_text, token_stream
+
+    _check_source(model)
+    read_text(text)
+
+    from kvpass.quality.sharing import scan_sharing
+
+    began, tried = time.perf_counter(), 0
+    with _working(as_json, "loading") as tell:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal tried
+            tried = total
+            tell(f"pair {done + 1} of {total}")
+
+        tokens = token_stream(text, model)
+        decoder = _decoder(model, device, dtype)
+        edges = scan_sharing(decoder, tokens, **options, progress=progress)
+    document = {
+        "text": str(text),
+        "model": model,
+        "dtype": str(decoder.program.facts.dtype).removeprefix("torch."),
+        **options,
+        "pairs": tried,
+        "nll_original": edges[0].nll_original,
+        "edges": [edge.to_dict() for edge in edges],
+        "seconds": time.perf_counter() - began,
+    }
+    return document, edges
+
+
+def _print_scan(document: Mapping[str, Any], edges: Sequence[EdgeLoss]) -> None:
+    from rich.table import Table
+
+    table = Table(box=_box())
+    for heading in ("layer", "reads", "NLL", "Δ NLL", "KL", "top-1"):
+        table.add_column(heading, justify="right")
+    for edge in edges:
+        table.add_row(
+            str(edge.reader),
+            str(edge.owner),
+            f"{edge.nll:.4f}",
+            f"{edge.loss:+.4f} ± {edge.loss_se:.4f}",
+            f"{edge.kl:.4f}",
+            f"{edge.top1:.1%}",
+        )
+    _console().print(table)
+    typer.echo(f"{document['model']} by itself: NLL {document['nll_original']:.4f}; {document['seconds']:.0f} s")
+    typer.echo("each pair by itself, without healing: the losses of several pairs do not simply add up")
+    if document["pairs"] > len(edges):
+        left = document["pairs"] - len(edges)
+        typer.echo(f"{left} of {document['pairs']} pairs cannot share: other shapes, positions or windows")
 
 
 def _listing(facts: Mapping[str, Mapping[str, str]], key: str) -> str:
@@ -597,48 +934,6 @@ def verify(
 # ---------------------------------------------------------------------- requests
 
 
-def _recipe(
-    path: Path | None,
-    kv_heads: str | None,
-    method: Method | None,
-    refit: Refit | None,
-    grouping: Grouping | None,
-    steps: int | None,
-) -> Recipe:
-    """The recipe that the options say: a file, or one GroupHeads."""
-    knobs: dict[str, Any] = {
-        name: value.value if isinstance(value, Enum) else value
-        for name, value in (("method", method), ("refit", refit), ("grouping", grouping), ("steps", steps))
-        if value is not None
-    }
-    given = [f"--{name}" for name in knobs]
-    if path is not None and (kv_heads is not None or knobs):
-        other = ["--kv-heads"] * (kv_heads is not None) + given
-        raise RequestError(f"--recipe and {other[0]} exclude each other", fix="put everything into the recipe")
-    if kv_heads is None and knobs:
-        raise RequestError(f"{given[0]} belongs to --kv-heads, which is not given", fix="give --kv-heads N")
-
-    from kvpass.recipe import Recipe, build
-
-    if path is not None:
-        return Recipe.load(path)
-    if kv_heads is None:
-        return Recipe()
-    return Recipe((build({"name": "group-heads", "kv_heads": _counts(kv_heads), **knobs}, "the command line"),))
-
-
-def _counts(text: str) -> int | list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(
-            f"--kv-heads takes a number, or numbers with commas, not {text!r}",
-            where="--kv-heads",
-            fix="write 2, or 4,4,2,2 with one number per layer",
-        ) from None
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
 def _is_program(model: str) -> bool:
     return (Path(model) / "kvpass.json").is_file()
 
@@ -698,13 +993,23 @@ def _decoder(model: str, device: str | None, dtype: Dtype | None) -> Transformed
         return kvpass.transform(source, verify="off", device=device, dtype=_dtype(dtype), progress=False)
 
 
-def _inspect(model: str) -> ModelSummary:
-    source = _source(model, None, None)
-
+def _summary(source: str | Transformed) -> ModelSummary:
     from kvpass import api
 
     with _hushed():
         return api.inspect(source) if isinstance(source, str) else api.summarize(source.program)
+
+
+def _hidden_size(source: str | Transformed) -> int | None:
+    """The width of what layers read and write, where the config says it."""
+    if not isinstance(source, str):
+        return source.program.facts.hidden_size
+
+    from kvpass.capture.huggingface import read_config
+
+    config = read_config(source)
+    width: int | None = getattr(config.get_text_config(), "hidden_size", None)
+    return width
 
 
 def _dtype(dtype: Dtype | None) -> torch.dtype | None:
@@ -819,15 +1124,15 @@ def _hushed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _working(as_json: bool, what: str) -> Iterator[None]:
-    """A sign of life on a terminal."""
+def _working(as_json: bool, what: str) -> Iterator[Callable[[str], None]]:
+    """A sign of life on a terminal; what is yielded changes its words."""
     if as_json or not sys.stderr.isatty():
-        yield
+        yield lambda words: None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
-        yield
+    with Console(stderr=True).status(what) as status:
+        yield status.update
 
 
 def _error_document(what: str, where: str, fix: str) -> dict[str, Any]:
@@ -868,24 +1173,45 @@ def _box() -> Any:
     return box.SIMPLE
 
 
+def _counted(plan: CachePlan, dtype: torch.dtype | None) -> CachePlan:
+    """A plan whose numbers are of another dtype."""
+    from kvpass.ir.plan import CachePlan
+
+    return plan if dtype is None else CachePlan(tuple(replace(layer, dtype=dtype) for layer in plan))
+
+
+def _rows(plan: CachePlan) -> list[dict[str, Any]]:
+    """One row per run of equal layers."""
+    return [{**row, "cache_positions": plan[int(str(row["first"]))].cache_positions} for row in plan.table()]
+
+
 def _print_plan(plan: CachePlan) -> None:
+    """The table of a plan; a column in which nothing is told is left out."""
     from rich.table import Table
 
+    columns: dict[str, list[str]] = {}
+    for row in _rows(plan):
+        cells = {
+            "layers": _range(row["first"], row["last"]),
+            "query heads": str(row["heads"]),
+            "KV heads": str(row["kv_heads"]),
+            "K x V": f"{row['key_dim']} x {row['value_dim']}",
+            "keys and values": "own" if row["kv_source"] is None else f"reads {row['kv_source']}",
+            "window": str(row["window"] or "all") + (f" + {row['sinks']} sinks" if row["sinks"] else ""),
+            "positions": "cache" if row["cache_positions"] else "text",
+            "stored": row["stored"],
+            "page": str(row["page"] or ""),
+            "bytes per token": f"{row['bytes_per_token']:,}",
+        }
+        for heading, cell in cells.items():
+            columns.setdefault(heading, []).append(cell)
+    quiet = {"keys and values": {"own"}, "positions": {"text"}, "page": {""}}
+    shown = {heading: cells for heading, cells in columns.items() if set(cells) != quiet.get(heading)}
     table = Table(box=_box())
-    table.add_column("layers")
-    for heading in ("query heads", "KV heads", "K x V", "window", "dtype", "bytes per token"):
-        table.add_column(heading, justify="right")
-    for row in plan.table():
-        window = str(row["window"] or "all") + (f" + {row['sinks']} sinks" if row["sinks"] else "")
-        table.add_row(
-            _range(int(str(row["first"])), int(str(row["last"]))),
-            str(row["heads"]),
-            str(row["kv_heads"]),
-            f"{row['key_dim']} x {row['value_dim']}",
-            window,
-            str(row["dtype"]),
-            f"{row['bytes_per_token']:,}",
-        )
+    for heading in shown:
+        table.add_column(heading, justify="left" if heading == "layers" else "right")
+    for line in zip(*shown.values(), strict=True):
+        table.add_row(*line)
     _console().print(table)
 
 
@@ -982,6 +1308,12 @@ def _dtypes(plan: CachePlan) -> str:
     return ", ".join(sorted({str(layer.dtype).removeprefix("torch.") for layer in plan}))
 
 
+def _stored(plan: CachePlan) -> str:
+    """What the stores hold: dtypes and formats."""
+    held = [plan[owner] for owner in plan.owners()]
+    return ", ".join(sorted({str(c.format) or str(c.dtype).removeprefix("torch.") for c in held}))
+
+
 def _many(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
@@ -990,6 +1322,10 @@ def _change(what: str, before: int, after: int) -> str:
     if before == after:
         return f"{what}: {after:,}"
     return f"{what}: {before:,} -> {after:,} ({after / before:.1%})"
+
+
+def _factor(before: int, after: int) -> str:
+    return "" if before == after else f", {before / after:.1f}x smaller"
 
 
 def _size(count: int) -> str:

@@ -352,7 +352,10 @@ def movable(finder: SiteFinder, inserted: Inserted) -> list[fx.Node]:
     whole = [t.rows(v) for t, v in zip(inserted.tables, finder.run(nodes, {}, 1, 11), strict=True)]
     for base, length in ((3, 4), (9, 2)):
         moved: dict[fx.Node, Tensor] = {n: torch.arange(base, base + length) for n in counts}
-        values = finder.run(nodes, moved, 1, length)
+        try:
+            values = finder.run(nodes, moved, 1, length)
+        except (IndexError, RuntimeError):  # rows of a table that itself does not move
+            return []
         for table, value, rows in zip(inserted.tables, values, whole, strict=True):
             if not torch.equal(table.rows(value), rows[base : base + length]):
                 return []

@@ -79,14 +79,11 @@ class ShareLayers(Pass):
     fallback: bool = True
 
     effect: ClassVar[Effect] = Effect.LOSSY
+    requires: ClassVar[frozenset[str]] = frozenset({FACT})
 
     def __post_init__(self) -> None:
         if isinstance(self.kv_source, list):
             object.__setattr__(self, "kv_source", tuple(self.kv_source))
-
-    @property
-    def requires(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({FACT}) if self.init == "mean" or self.align else frozenset()
 
     @property
     def needs_calibration(self) -> bool:

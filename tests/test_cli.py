@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from typer.testing import CliRunner, Result
 import kvpass
 from families import VOCAB, build
 from kvpass import api, cli
-from kvpass.passes import group_heads, head_merge
+from kvpass.passes import GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow, group_heads, head_merge
+from kvpass.recipe import PASSES
 
 PLAIN = "It was the best of times, it was the worst of times. " * 40
 
@@ -104,6 +106,70 @@ def test_a_recipe_says_what_the_options_say(model: str, tmp_path: Path) -> None:
     assert by_file == document("plan", model, "--kv-heads", "2", "--method", "mean")
 
 
+def test_passes_compose_in_one_order_whatever_the_flags_say(model: str) -> None:
+    words = "--page 16 --kv-format fp8 --kv-bits 8 --sinks 2,0 --window 9,0 --share-init mean --share-layers 0_1 "
+    found = document("plan", model, *(words + "--kv-heads 4 --cache-positions --upward").split())
+    steps = (
+        GroupHeads(kv_heads=4),
+        ShareLayers("0_1", init="mean", upward=True),
+        SlideWindow(window=(9, 0), sinks=(2, 0), positions="cache"),
+        QuantizeKV(bits=8, kind="fp8"),
+        PageKV(page=16),
+    )
+    assert found["recipe"] == json.loads(json.dumps([{"name": step.key(), **step.options()} for step in steps]))
+    rows = [(r["window"], r["sinks"], r["cache_positions"], r["stored"], r["page"]) for r in found["layers"]]
+    assert rows == [(9, 2, True, "fp8", 16), (0, 0, False, "fp8", 16)]
+    for words, step in {
+        "--kv-heads 2 --method mean": "GroupHeads(kv_heads=2, method='mean')",
+        "--share-layers yoco": "ShareLayers(kv_source='yoco')",
+        "--window 16": "SlideWindow(window=16)",
+        "--kv-bits 4 --kv-format kivi": "QuantizeKV(bits=4, layout='kivi')",
+        "--page 16": "PageKV()",
+    }.items():
+        assert run("plan", model, *words.split()).stdout.startswith(f"tiny: {step}\n")
+
+
+def test_plan_shows_who_reads_whom_and_what_it_costs(model: str) -> None:
+    done = run("plan", model, "--share-layers", "lckv:0", "--kv-bits", "8", "--page", "16", "--batch", "2")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "0 8 8 8 x 8 reads 1 all int8 16 0" in lines
+    assert "1 8 8 8 x 8 own all int8 16 160" in lines
+    assert "cache: 1,024 -> 160 (15.6%) bytes per token, 6.4x smaller" in lines
+    assert "262.1 kB -> 41.0 kB for 2 x 128 tokens (int8), 6.4x smaller" in lines
+    assert any(line.startswith("keys and values of 1 of 2 layers are not computed") for line in lines)
+    assert "their W_K and W_V hold 8,192 parameters" in done.stdout
+    assert lines[-1].startswith("prefill repeats layers 0..1 of 2 until")
+    assert lines[-1].endswith("(9 passes: 9.0x)")
+    plain = run("plan", model).stdout
+    assert not any(word in plain for word in ("reads", "smaller", "page", "prefill", "positions", "W_K"))
+
+
+def test_plan_counts_in_another_dtype(model: str) -> None:
+    found = document("plan", model, "--kv-bits", "8", "--dtype", "bfloat16")
+    assert found["bytes_per_token"] == {"before": 512, "after": 2 * 160}
+    assert (found["stored"], found["layers"][0]["dtype"]) == ("int8", "bfloat16")
+
+
+def test_every_pass_is_saved_planned_and_run(model: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    words = "--kv-heads 4 --share-layers 0_0 --share-init mean --window 24 --kv-bits 8 --page 4 --verify off"
+    found = document("transform", model, *words.split(), "-o", out)
+    assert [step["name"] for step in found["recipe"]] == list(cli.PASS_FLAGS)
+    assert found["layers"] == document("plan", out)["layers"]
+    assert document("verify", out)["passed"]
+    found = document("plan", out, "--length", "1000")
+    assert found["bytes"]["before"] == found["bytes"]["after"] == (24 + 4) * 4 * 2 * (8 + 2)
+
+
+def test_the_limit_of_passes_is_that_of_the_saved_recipe(model: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "r.toml", str(tmp_path / "out")
+    path.write_text('[[pass]]\nname = "share-layers"\nkv_source = "lckv:0"\npasses = 3\nfallback = false\n')
+    document("transform", model, "--recipe", str(path), "--verify", "off", "-o", out)
+    for words in ([model, "--recipe", str(path)], [out]):
+        found = document("plan", *words)["prefill"]
+        assert (found["limit"], found["fallback"], found["cost"]) == (3, False, 3.0)
+
+
 def test_a_saved_program_is_verified_and_inspected(slim: str) -> None:
     found = document("verify", slim)
     assert found["passed"]
@@ -144,9 +210,34 @@ def test_eval_puts_models_side_by_side(model: str, slim: str, text: str) -> None
     assert list(document("eval", slim, slim, *sizes[:-1])["continuation"]) == [slim, f"{slim} (2)"]
 
 
+def test_eval_scans_pairs_of_layers(model: str, text: str) -> None:
+    words = ("eval", model, "--text", text, "--scan-sharing", "--context", "40", "--continuation", "8", "--windows")
+    found = document(*words, "3", "--upward", "--max-distance", "1")
+    assert {(e["reader"], e["owner"]) for e in found["edges"]} == {(0, 1), (1, 0)}
+    losses = [e["loss"] for e in found["edges"]]
+    assert losses == sorted(losses)
+    assert all(e["nll"] - found["nll_original"] == e["loss"] and e["kl"] > 0 for e in found["edges"])
+    assert (found["pairs"], found["upward"], found["max_distance"], found["windows"]) == (2, True, 1, 3)
+    done = run(*words, "2")
+    assert done.exit_code == 0, done.output
+    assert "by itself: NLL" in done.stdout
+    assert [line.split()[:2] for line in done.stdout.splitlines() if "±" in line] == [["1", "0"]]
+
+
 def test_the_choices_are_those_of_the_pass() -> None:
     assert [m.value for m in cli.Method] == list(get_args(head_merge.Method))
     assert [r.value for r in cli.Refit] == list(get_args(group_heads.Refit))
+    assert [i.value for i in cli.Init] == list(get_args(get_type_hints(ShareLayers)["init"]))
+    stored = get_type_hints(QuantizeKV)
+    assert [f.value for f in cli.Format] == [*get_args(stored["layout"]), get_args(stored["kind"])[1]]
+
+
+def test_every_flag_of_a_recipe_belongs_to_one_pass() -> None:
+    named = [flag for flags in cli.PASS_FLAGS.values() for flag in flags]
+    assert ["recipe", *named] == [f.name for f in fields(cli.Flags)]
+    for name, flags in cli.PASS_FLAGS.items():
+        knobs = {f.name for f in fields(PASSES[name])}  # type: ignore[arg-type]
+        assert {cli.KNOBS.get(flag, flag) for flag in flags if flag != "cache_positions"} <= knobs
 
 
 @pytest.mark.parametrize(
@@ -164,8 +255,21 @@ def test_layer_numbers_are_short(numbers: list[int], words: str) -> None:
     [
         (["--recipe", "{recipe}", "--kv-heads", "2"], "exclude each other"),
         (["--recipe", "{recipe}", "--method", "mean"], "exclude each other"),
+        (["--recipe", "{recipe}", "--page", "16"], "--recipe and --page exclude each other"),
+        (["--recipe", "{recipe}", "--cache-positions"], "--recipe and --cache-positions exclude each other"),
         (["--method", "mean"], "--method belongs to --kv-heads"),
+        (["--share-init", "mean"], "--share-init belongs to --share-layers"),
+        (["--kv-heads", "2", "--upward"], "--upward belongs to --share-layers"),
+        (["--sinks", "4"], "--sinks belongs to --window"),
+        (["--cache-positions"], "--cache-positions belongs to --window"),
+        (["--kv-format", "kivi"], "--kv-format belongs to --kv-bits"),
         (["--kv-heads", "two"], "not 'two'"),
+        (["--window", "8", "--sinks", "few"], "--sinks takes a number"),
+        (["--window", "8,8,8"], "the model has 2"),
+        (["--share-layers", "cake:2"], "no known word"),
+        (["--share-layers", "1_1"], "upward=True"),
+        (["--share-layers", "1_1", "--upward", "--window", "8"], "a ring cannot be written again"),
+        (["--kv-bits", "4", "--kv-format", "fp8"], "has bits 8, not 4"),
         (["--kv-heads", "3"], "choose from [1, 2, 4, 8]"),
         (["--kv-heads", "4,4,2"], "the model has 2"),
         (["--recipe", "{bad}"], "no key 'bogus'"),
@@ -187,6 +291,8 @@ def test_plan_refuses_a_wrong_recipe(options: list[str], message: str, model: st
         (["--kv-heads", "2", "--calibration", "{folder}/none.txt"], "no such calibration file"),
         (["--kv-heads", "2", "--calibration", "{folder}/empty.txt"], "the text is empty"),
         (["--kv-heads", "4,2", "--save", "hf"], "different numbers of KV heads"),
+        (["--share-layers", "0_0", "--save", "hf"], "cannot say what ShareLayers(kv_source='0_0') does"),
+        (["--kv-heads", "2", "--kv-bits", "8", "--save", "hf"], "cannot say what QuantizeKV() does"),
         (["--kv-heads", "2", "-o", "{folder}/full"], "give --overwrite"),
         (["--kv-heads", "2", "-o", "{folder}/full", "--overwrite"], "does not hold a model"),
         (["--kv-heads", "2", "-o", "{folder}/empty.txt/out"], "inside a file"),
@@ -209,6 +315,20 @@ def test_transform_refuses_before_it_starts(
         words += ["-o", str(tmp_path / "new" / "out")]
     assert message in refusal("transform", model, *words)
     assert sorted(os.listdir(tmp_path)) == ["empty.txt", "full"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{model}", "--scan-sharing"], "a second model exclude each other"),
+        (["--scan-sharing", "--retrieval"], "--retrieval exclude each other"),
+        (["--upward"], "--upward belongs to --scan-sharing"),
+        (["--max-distance", "3"], "--max-distance belongs to --scan-sharing"),
+        (["--scan-sharing", "--context", "100000"], "100000 + 64 needs 100064"),
+    ],
+)
+def test_eval_refuses_what_does_not_go_together(words: list[str], message: str, model: str, text: str) -> None:
+    assert message in refusal("eval", model, "--text", text, *(w.format(model=model) for w in words))
 
 
 def test_a_family_without_a_word_for_kv_heads_is_no_checkpoint(tmp_path: Path) -> None:

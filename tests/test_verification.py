@@ -1,5 +1,7 @@
 """The checks of a finished model: they hold for good ones, and fail for what they are there to find."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
 

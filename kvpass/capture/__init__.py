@@ -6,6 +6,7 @@ eager attention) and accepts the first in which every layer's attention was foun
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,29 @@ def _capture_folder(source: str, dtype: torch.dtype | None, weights: bool) -> Pr
 
 
 def capture_config(config: Any, dtype: torch.dtype) -> Program:
-    """Capture the model of a config; its weights have shapes and no numbers."""
+    """Capture the model of a config; its weights have shapes and no numbers.
+
+    The last few are remembered: saving a checkpoint captures what it wrote, which mostly is what was read.
+    """
 
     def attempt(implementation: str) -> tuple[nn.Module, Any]:
         return huggingface.build(config, dtype, implementation), huggingface.call
 
-    return _first_that_works(attempt, config, dtype)
+    said = {k: v for k, v in config.to_dict().items() if k not in _NAMES_ONLY}
+    key = (type(config).__name__, json.dumps(said, sort_keys=True, default=str), dtype)
+    if key not in _recent:
+        found = _first_that_works(attempt, config, dtype)
+        while len(_recent) >= _REMEMBERED:
+            _recent.pop(next(iter(_recent)))
+        _recent[key] = found
+    program = _recent[key].copy()
+    program.facts.config = config.to_dict()
+    return program
+
+
+_NAMES_ONLY = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+_REMEMBERED = 2
+_recent: dict[Any, Program] = {}
 
 
 def _first_that_works(attempt: Any, config: Any, dtype: torch.dtype) -> Program:

@@ -34,7 +34,8 @@ class Part:
 
     Attributes:
         k, v: [B, Hkv, T, D] and [B, Hkv, T, Dv].
-        positions: [T] or [B, T] int64 where the entries stand, negative for nothing; None for 0 .. T-1.
+        positions: [T] or [B, T] int64 where the entries stand, negative for nothing; None for base .. base+T-1.
+        base: see there.
         reads: who reads it: "all" queries, or (KIVI) those for which the entry is in a "closed" group or still "open".
         sure: a single query reads every entry, whatever the mask of its layer's own window says.
     """
@@ -44,6 +45,7 @@ class Part:
     positions: Tensor | None = None
     reads: Literal["all", "closed", "open"] = "all"
     sure: bool = False
+    base: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,8 @@ class Layout:
             if begin > 0 or ragged:
                 kept = [tensor.clone() for tensor in cache]  # read after the write below took its place
                 parts.append(self._ring_held(kept, starts, begin, ragged, k.dtype))
-            rows = begin + torch.arange(length, device=k.device)
-            where = starts.view(-1, 1) + torch.arange(length, device=k.device) if ragged else rows
-            parts.append(Part(*self._decode(fresh, k.dtype), positions=where if parts else None))
+            where = starts.view(-1, 1) + torch.arange(length, device=k.device) if ragged else None
+            parts.append(Part(*self._decode(fresh, k.dtype), positions=where, base=begin))
             if last:
                 _overwrite(cache, fresh, starts, stops, self.sinks, self.window)
             return parts
@@ -382,8 +383,8 @@ def _exchange_kivi(
         where = _ring_positions(starts.view(-1, 1), min(room, begin), 0, room)
         used = where.shape[1]
         parts.append(Part(k_recent[:, :, :used].clone(), v_recent[:, :, :used].clone(), where, "open"))
-    fresh = starts.view(-1, 1) + torch.arange(length, device=k.device)
-    parts.append(Part(k, v, fresh, "open"))
+    fresh = starts.view(-1, 1) + torch.arange(length, device=k.device) if ragged else None
+    parts.append(Part(k, v, fresh, "open", base=begin))
     if last:
         _overwrite([k_recent, v_recent], [k, v], starts, stops, 0, room)
     return parts

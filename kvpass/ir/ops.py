@@ -8,7 +8,7 @@ Shapes: B batch, S query length, T key length, H query heads, Hkv KV heads, D he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -249,7 +249,7 @@ def _attend_parts(
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     if len(parts) == 1 and parts[0].reads == "all":
         (part,) = parts
-        if part.positions is None and not part.sure:
+        if part.positions is None and part.base == 0 and not part.sure:
             return _attend_positions(
                 q, part.k, part.v, first, causal=causal, strict=strict, window=window, sinks=sinks,
                 alibi_slopes=alibi_slopes, mask=mask, sink_q=sink_q, **options,
@@ -257,20 +257,27 @@ def _attend_parts(
         if part.sure and covered and length == 1 and causal and not strict and alibi_slopes is None and mask is None:
             sinking = None if sink_q is None else Sinking(sink_q, min(sinks, part.k.shape[2]))
             return _masked_attention(q, part.k, part.v, None, None, may_be_empty=False, sinking=sinking, **options)
-    keys, values = (_joined([getattr(p, name) for p in parts], 2) for name in ("k", "v"))
-    key_pos = _joined([_positions(p) for p in parts], 1).unsqueeze(1).unsqueeze(1)  # [B or 1, 1, 1, T]
     if isinstance(first, Tensor):
         query_pos = (first.view(-1, 1) + torch.arange(length, device=q.device)).view(-1, 1, length, 1)
     else:
         query_pos = (first + torch.arange(length, device=q.device)).view(1, 1, -1, 1)
-    blocks = []
+    plain = softcap == 0 and all(t is None for t in (sink_logits, alibi_slopes, mask, sink_q)) and causal and not strict
+    all_parts, blocks = parts, []
     for start in range(0, length, _ROWS):
         stop = min(start + _ROWS, length)
+        if not isinstance(first, Tensor) and causal:
+            parts = [_reach(p, first + start, first + stop, kv_format) for p in all_parts]
+        keys, values = (_joined([getattr(p, name) for p in parts], 2) for name in ("k", "v"))
+        key_pos = _joined([_positions(p) for p in parts], 1).unsqueeze(1).unsqueeze(1)  # [B or 1, 1, 1, T]
         here = query_pos[:, :, start:stop]
         seen = visible(here, key_pos, causal=causal, strict=strict, window=window, sinks=sinks)
         seen = key_pos >= 0 if seen is None else seen & (key_pos >= 0)
         if any(p.reads != "all" for p in parts):
             seen = seen & _by_age(parts, here, key_pos, kv_format)
+        if plain and q.device.type == "cpu" and stop - start > _FEW:
+            dot, gqa = torch.nn.functional.scaled_dot_product_attention, bool(q.shape[1] != keys.shape[1])
+            blocks.append(dot(q[:, :, start:stop], keys, values, attn_mask=seen, scale=scale, enable_gqa=gqa))
+            continue
         bias = None
         if mask is not None:
             part_mask = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
@@ -303,8 +310,27 @@ def _joined(tensors: list[Tensor], dim: int) -> Tensor:
 def _positions(part: Part) -> Tensor:
     """[B or 1, T]: where a part's entries stand."""
     if part.positions is None:
-        return torch.arange(part.k.shape[2], device=part.k.device).unsqueeze(0)
+        return (part.base + torch.arange(part.k.shape[2], device=part.k.device)).unsqueeze(0)
     return part.positions if part.positions.dim() == 2 else part.positions.unsqueeze(0)
+
+
+def _reach(part: Part, low: int, high: int, fmt: KVFormat) -> Part:
+    """The entries of a part that queries at positions low .. high-1 may read, where it lies in the text's order."""
+    if part.positions is not None or part.sure:
+        return part
+    start, stop = 0, high - part.base
+    if part.reads == "closed":
+        stop = min(stop, _boundary(high, fmt) - part.base)
+    elif part.reads == "open":
+        start = max(0, _boundary(low + 1, fmt) - part.base)
+    stop = max(0, min(stop, part.k.shape[2]))
+    start = min(start, stop)
+    return replace(part, k=part.k[:, :, start:stop], v=part.v[:, :, start:stop], base=part.base + start)
+
+
+def _boundary(length: int, fmt: KVFormat) -> int:
+    """Tokens that are quantized (KIVI) for the last of `length` queries."""
+    return max(0, length - fmt.residual) // fmt.group * fmt.group
 
 
 def _by_age(parts: list[Part], query_pos: Tensor, key_pos: Tensor, fmt: KVFormat) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpass.ir.plan import CachePlan
-from kvpass.runtime.pages import OutOfPages, PagePool, Table, Usage
+from kvpass.runtime.pages import ABSENT, OutOfPages, PagePool, Table, Usage
 from kvpass.runtime.state import State
 
 Kind = tuple[int, int]  # what stores keep: (window, sinks), (0, 0) for everything
@@ -38,6 +38,7 @@ class PagedMemory:
             self.kinds.setdefault(self.kind(owner), []).append(owner)
         self.pools = {kind: PagePool(pages[kind], self.page) for kind in self.kinds}
         self.tensors = {owner: self._tensors(owner, pages[self.kind(owner)]) for owner in plan.owners()}
+        self.version = 0  # how often the tensors were replaced
 
     def kind(self, owner: int) -> Kind:
         """What an owner's store keeps."""
@@ -52,8 +53,9 @@ class PagedMemory:
         ]
 
     def extend(self, kind: Kind, count: int) -> None:
-        """Add pages to a kind's pools."""
+        """Add pages to a kind's pools. The tensors are new ones, so states over them have to take them up."""
         self.pools[kind].extend(count)
+        self.version += 1
         for owner in self.kinds[kind]:
             grown = self._tensors(owner, self.pools[kind].pages)
             for new, old in zip(grown, self.tensors[owner], strict=True):
@@ -101,11 +103,15 @@ class PagedState(State):
         memory: the pools.
         rows: per row, the table of each kind.
         growing: whether pools are made larger when they run out, instead of raising `OutOfPages`.
+        held: `lengths` on the host, as of the last `refresh`.
     """
 
     memory: PagedMemory | None = None
     rows: list[Tables] = field(default_factory=list)
     growing: bool = False
+    held: list[int] = field(default_factory=list)
+    _tables: dict[Kind, Tensor] = field(default_factory=dict)
+    _version: int = 0
 
     @staticmethod
     def fresh(plan: CachePlan, batch: int, capacity: int, device: torch.device) -> PagedState:
@@ -132,60 +138,107 @@ class PagedState(State):
         return self.memory
 
     def _write_tables(self) -> None:
-        """Bring the tensors that the graph reads up to date with the tables."""
-        written: dict[Kind, Tensor] = {}
+        """Make the tensors that the graph reads from the tables, [B, blocks] with some room; the last column is -1."""
         for kind in self.pool.kinds:
             wide = max((len(r[kind].pages) for r in self.rows), default=0)
-            padded = [r[kind].pages + [-1] * (wide + 1 - len(r[kind].pages)) for r in self.rows]
-            written[kind] = torch.tensor(padded, dtype=torch.long, device=self.pool.device).view(len(self.rows), -1)
+            wide += wide // 8 + 8
+            padded = [r[kind].pages + [ABSENT] * (wide - len(r[kind].pages)) for r in self.rows]
+            self._tables[kind] = torch.tensor(padded, dtype=torch.long, device=self.pool.device).view(-1, wide)
+        self._version = self.pool.version
         self.stores = {
-            owner: [*self.pool.tensors[owner], written[kind]]
+            owner: [*self.pool.tensors[owner], self._tables[kind]]
             for kind, owners in self.pool.kinds.items()
             for owner in owners
         }
 
+    def _write_blocks(self, changed: dict[Kind, list[tuple[int, int]]]) -> None:
+        """Bring the given (row, block) pairs of those tensors up to date."""
+        if self._version != self.pool.version or any(
+            block >= self._tables[kind].shape[1] - 1 for kind, pairs in changed.items() for _, block in pairs
+        ):
+            self._write_tables()
+            return
+        for kind, pairs in changed.items():
+            if pairs:
+                cells = [(row, block, self.rows[row][kind].pages[block]) for row, block in pairs]
+                row, block, page = torch.tensor(cells, dtype=torch.long, device=self.pool.device).unbind(1)
+                self._tables[kind][row, block] = page
+
     def prepare(self, count: int, stops: Tensor | None = None) -> None:
         """Take the pages that `count` more tokens per row need.
+
+        What was taken for a step that did not come to its end (it raised, or lengths were not advanced) is given back
+        first.
 
         Raises:
             OutOfPages: the pools are too small and not growing; no row has changed.
         """
-        lengths = self.lengths.tolist()
-        ends = [n + count for n in lengths] if stops is None else torch.minimum(self.lengths + count, stops).tolist()
-        wanted = [max(0, end - n) for n, end in zip(lengths, ends, strict=True)]
-        changed = False
+        self.settle()
+        ends = [n + count for n in self.held]
+        if stops is not None:
+            ends = [min(end, stop) for end, stop in zip(ends, stops.tolist(), strict=True)]
+        counts: dict[Kind, list[int]] = {}
         for kind, pool in self.pool.pools.items():
-            needed = sum(pool.needed(row[kind], n) for row, n in zip(self.rows, wanted, strict=True))
+            tables = [row[kind] for row in self.rows]
+            counts[kind] = [max(0, end - table.length) for end, table in zip(ends, tables, strict=True)]
+            needed = pool.needed_by_all(tables, counts[kind])
             if needed > pool.available:
                 if not self.growing:
                     raise OutOfPages(needed, pool.available, pool.pages)
                 self.pool.extend(kind, max(needed - pool.available, pool.pages))
-                changed = True
+        changed: dict[Kind, list[tuple[int, int]]] = {kind: [] for kind in counts}
         for kind, pool in self.pool.pools.items():
-            for row, n in zip(self.rows, wanted, strict=True):
-                before = len(row[kind].pages)
-                copies = pool.append(row[kind], n)
+            for index, (row, n) in enumerate(zip(self.rows, counts[kind], strict=True)):
+                table = row[kind]
+                first = len(table.pages)
+                copies = pool.append(table, n)
                 self.pool.copy(kind, copies)
-                changed = changed or bool(copies) or len(row[kind].pages) != before
-        if changed or not self.stores:
+                changed[kind] += [(index, block) for block in range(first - len(copies), len(table.pages))]
+        self._write_blocks(changed)
+
+    def settle(self) -> None:
+        """Give back what `prepare` took beyond the rows' lengths."""
+        cut = False
+        for row, length in zip(self.rows, self.held, strict=True):
+            for kind, table in row.items():
+                if table.length > length:
+                    self.pool.pools[kind].truncate(table, length)
+                    cut = True
+        if cut:
             self._write_tables()
 
     def reserve(self, capacity: int) -> None:
         """Nothing: pages are taken token by token."""
 
+    def advance(self, counts: Tensor | int) -> None:
+        if isinstance(counts, Tensor):
+            super().advance(counts)
+            return
+        self.lengths = self.lengths + counts  # equal counts: all is known without asking the device
+        self.held = [n + counts for n in self.held]
+        self.min_length, self.max_length = self.min_length + counts, self.max_length + counts
+        self._drop()
+
     def refresh(self) -> None:
+        """Bring what the host knows of the lengths up to date. Pages beyond them are given back."""
         super().refresh()
-        dropped = False
+        self.held = self.lengths.tolist()
+        self.settle()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Give back the pages that windows have left behind."""
+        changed: dict[Kind, list[tuple[int, int]]] = {}
         for (window, sinks), pool in self.pool.pools.items():
             if not window:
                 continue
-            for row in self.rows:
+            changed[window, sinks] = pairs = []
+            for index, row in enumerate(self.rows):
                 table = row[window, sinks]
-                held = pool.available
-                pool.drop_before(table, table.length + 1 - window, sinks)
-                dropped = dropped or pool.available != held
-        if dropped:
-            self._write_tables()
+                position = table.length + 1 - max(window, 2)  # the last token stays: `settle` may cut back to it
+                pairs += [(index, block) for block in pool.drop_before(table, position, sinks)]
+        if self._tables and any(changed.values()):
+            self._write_blocks(changed)
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in that order and with repeats, which share pages until they part."""
@@ -202,17 +255,18 @@ class PagedState(State):
         for row in self.rows:
             for kind, table in row.items():
                 self.pool.pools[kind].release(table)
-        self.rows = []
+        self.rows, self.held = [], []
 
     def clone(self) -> PagedState:
-        """A copy that shares pages with this one until either writes."""
+        """A copy that shares pages with this one until either writes. `release` gives back what it holds."""
         rows = [{kind: self.pool.pools[kind].fork(table) for kind, table in row.items()} for row in self.rows]
-        return PagedState.of(self.pool, rows, self.lengths.clone(), growing=self.growing)
+        copied = PagedState.of(self.pool, rows, self.lengths.clone(), growing=self.growing)
+        copied.passes = list(self.passes)
+        return copied
 
     def allocated_bytes(self) -> int:
         """Bytes of the pools and the tables."""
-        tables = {id(ts[-1]): ts[-1] for ts in self.stores.values()}
-        beside = [self.lengths, *tables.values()]
+        beside = [self.lengths, *self._tables.values()]
         return self.pool.allocated_bytes() + sum(t.numel() * t.element_size() for t in beside)
 
     def usage(self) -> dict[Kind, Usage]:

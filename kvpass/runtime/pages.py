@@ -29,15 +29,27 @@ class OutOfPages(KvpassError):
         needed: pages that the operation takes.
         available: pages that the pool could give.
         total: pages that the pool has.
+        sequence: the id of the sequence that needs them, where it has one.
+        fix: what the user can do about it.
     """
 
-    def __init__(self, needed: int, available: int, total: int) -> None:
+    def __init__(
+        self,
+        needed: int,
+        available: int,
+        total: int,
+        *,
+        sequence: int | None = None,
+        fix: str = "release or swap out a sequence and try again, or make a larger pool",
+    ) -> None:
         self.needed = needed
         self.available = available
         self.total = total
+        self.sequence = sequence
         super().__init__(
             f"{needed} pages are needed, {available} are free of {total} in total",
-            fix="release or swap out a sequence and try again, or make a larger pool",
+            where="" if sequence is None else f"sequence {sequence}",
+            fix=fix,
         )
 
 
@@ -171,6 +183,18 @@ class PagePool:
         copied = count > 0 and self._has_room(table) and self._references[table.pages[-1]] > 1
         return self._blocks(table.length + count) - len(table.pages) + copied
 
+    def needed_by_all(self, tables: Sequence[Table], counts: Sequence[int]) -> int:
+        """Pages that `append` would take for `counts` tokens of each of several tables, one after the other.
+
+        Of the tables that share a page, the last to write in it takes no copy.
+        """
+        total, writers = 0, Counter[int]()
+        for table, count in zip(tables, counts, strict=True):
+            total += self.needed(table, count)
+            if count and self._has_room(table):
+                writers[table.pages[-1]] += 1
+        return total - sum(1 < count == self._references[page] for page, count in writers.items())
+
     def append(self, table: Table, count: int) -> list[tuple[int, int]]:
         """Make room for `count` more tokens at the end of a sequence.
 
@@ -221,20 +245,26 @@ class PagePool:
         while table.prefix is not None and table.prefix.depth > length // self.page_size:
             table.prefix = table.prefix.parent
 
-    def drop_before(self, table: Table, position: int, keep_first: int = 0) -> None:
+    def drop_before(self, table: Table, position: int, keep_first: int = 0) -> list[int]:
         """Free the pages that a sliding window has left behind; their entries become ABSENT, the others stay in place.
 
         Args:
             position: the first token that will be read again, at most the sequence's length; below 0 drops nothing.
             keep_first: first tokens that stay readable (sinks), the same in all calls for one sequence.
+
+        Returns:
+            the blocks that were dropped.
         """
         _assert_in_pool(table)
         assert position <= table.length, f"token {position} is not in a sequence of {table.length}"
         start, end = self._blocks(keep_first), position // self.page_size
+        dropped = []
         while end > start and table.pages[end - 1] != ABSENT:  # what lies before an absent page was dropped with it
             end -= 1
             self._give_back([table.pages[end]])
             table.pages[end] = ABSENT
+            dropped.append(end)
+        return dropped
 
     # ---------------------------------------------------------------------- prefixes
 

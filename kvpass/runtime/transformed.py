@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from kvpass.runtime.state import State
 
 if TYPE_CHECKING:
     from kvpass.recipe import Recipe
+    from kvpass.runtime.engine import Engine
+    from kvpass.runtime.paged import Kind
 
 CHUNK = 2048  # tokens per row that prefill runs at a time; bounds the memory of long prompts
 
@@ -141,6 +144,38 @@ class Transformed(nn.Module):
         face.room = int(ids.shape[1]) + int(options.get("max_new_tokens") or 0)
         result: Tensor = face.generate(ids, **options)
         return result
+
+    def engine(
+        self,
+        pages: int | Mapping[Kind, int] | None = None,
+        max_batch: int = 8,
+        when_full: Literal["error", "swap"] = "error",
+        share_prefixes: bool = True,
+        capacity: int | None = None,
+    ) -> Engine:
+        """A batch that sequences join and leave as they come and end, over one pool of pages.
+
+        Args:
+            pages: pages in the pool of each kind of store, one number or one per kind (window, sinks).
+            max_batch: sequences that run together.
+            when_full: where pages run out, raise `OutOfPages` ("error") or move the youngest sequence to host memory
+                until there is room again ("swap").
+            share_prefixes: let prompts that begin alike share the pages of their prefix.
+            capacity: tokens of all sequences together to make pages for, instead of `pages`.
+
+        Raises:
+            RequestError: the cache is not paged: the recipe needs `PageKV`.
+        """
+        from kvpass.runtime.engine import Engine
+
+        return Engine(
+            self,
+            pages=pages,
+            max_batch=max_batch,
+            when_full=when_full,
+            share_prefixes=share_prefixes,
+            capacity=capacity,
+        )
 
     def graph_text(self, entry: str = "forward") -> str:
         """Canonical text of a graph; stable across runs and processes."""
