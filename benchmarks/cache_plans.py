@@ -5,8 +5,8 @@
 All run in one process. Each prompt is read once per context (prefill); then the runners decode in turn, a few tokens
 each per round, and the medians over rounds are shown. Bytes are those of the tensors that a state holds after the
 prompt, scales, tables and residuals included. transformers decodes by its forward pass with its dynamic, static and
-(where a backend is installed) quantized cache. Speeds of plans with random weights say nothing of quality;
-`python -m kvpass eval` and docs/quality.md do.
+(where optimum-quanto or hqq is installed) quantized cache. Speeds of plans with random weights say nothing of quality;
+`kvpass eval` and docs/quality.md do.
 """
 
 from __future__ import annotations
@@ -157,9 +157,17 @@ def _transformers(model: Any, kind: str) -> Runner:
 
     def held(cache: Any) -> int:
         found = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-        return sum(t.numel() * t.element_size() for t in found if t.numel() > 1)
+        return sum(_bytes(t) for t in found)
 
     return Runner(f"transformers: {kind} cache", prefill, decode, held)
+
+
+def _bytes(tensor: Any) -> int:
+    """Bytes of a tensor, or of the tensors that one of a quantized kind is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return int(tensor.numel() * tensor.element_size()) if tensor.numel() > 1 else 0
 
 
 def measure(model: Any, name: str, context: int, rounds: int, tokens: int) -> list[dict[str, Any]]:

@@ -122,10 +122,14 @@ class ShareLayers(Pass):
             _same_shape(plan, layer, source, where)
         for layer, source in enumerate(sources.layers):
             if layer in sources.sliding:
-                plan = plan.with_layer(layer, window=self.window, sinks=0)
+                plan = plan.with_layer(layer, window=self._window(plan[layer].window))
             if source != layer:
                 plan = plan.with_layer(layer, kv_source=source, format=plan[source].format)
         return plan.checked(where)
+
+    def _window(self, before: int) -> int:
+        """The window of a layer marked with s: a narrower one stays."""
+        return min(before, self.window) if before else self.window
 
     def rewrite(self, program: Program, context: Context) -> Rewritten:
         finder = SiteFinder(program)
@@ -157,7 +161,7 @@ class ShareLayers(Pass):
             if source > site.layer or self.strict == "all":
                 options["strict"] = True
             if site.layer in sources.sliding:
-                options |= {"window": self.window, "sinks": 0}
+                options["window"] = self._window(int(site.option("window")))
             site.node.args = (site.node.args[0], *operands, *site.node.args[3:])
             site.node.kwargs = {**site.node.kwargs, **options, "kv_format": owning.option("kv_format")}
             details.append(
@@ -287,7 +291,7 @@ def _same_rotation(reader: AttentionSite, owner: AttentionSite) -> None:
             where=f"layer {reader.layer}",
             fix="`kvpass inspect` shows what was found",
         ) from refusal
-    near = all(abs(a - b) < 1e-6 for a, b in zip(mine.frequency, theirs.frequency, strict=False))
+    near = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(mine.frequency, theirs.frequency, strict=False))
     if (mine.pairs, mine.free) != (theirs.pairs, theirs.free) or not near:
         raise UnsupportedError(
             f"layers {reader.layer} and {owner.layer} rotate keys differently (RoPE)",
