@@ -27,7 +27,7 @@ types: install
 	$(BIN)/python -m tests.typecheck
 
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 docs: install
 	$(BIN)/python -m benchmarks.matrix --write docs/families.md
