@@ -31,6 +31,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -112,6 +113,7 @@ class KVFormat:
         return f"kivi{self.bits}:{self.group}:{self.residual}" if self.layout == "kivi" else f"int{self.bits}"
 
     @staticmethod
+    @lru_cache(maxsize=256)  # asked for in every attention
     def parse(text: str) -> KVFormat:
         """The format that `str` writes as `text`.
 
@@ -128,6 +130,10 @@ class KVFormat:
             bits, group, residual = (int(number) for number in match.groups())
             return KVFormat("int", bits, "kivi", group, residual)
         raise PlanError(f"{text!r} is not a format for keys and values", where="KV format", fix=f"use {_FORMS}")
+
+    def closed(self, length: int) -> int:
+        """Tokens that KIVI has quantized of a sequence of `length`: whole groups, all older than the residual."""
+        return max(0, length - self.residual) // self.group * self.group
 
     def check_dim(self, dim: int) -> None:
         """Refuse a head of `dim` channels that does not fill whole bytes.

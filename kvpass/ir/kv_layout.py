@@ -126,7 +126,7 @@ class Layout:
     def bytes(self, key_dim: int, value_dim: int, dtype: torch.dtype, length: int) -> int:
         """Bytes per KV head and row that a sequence of `length` tokens takes, without unused slots."""
         total = 0
-        slots = self.closed(length) if self.kivi else self.slots(length)
+        slots = self.format.closed(length) if self.kivi else self.slots(length)
         for spec in self.specs(key_dim, value_dim, dtype, slots):
             count = min(spec.slots, length) if spec.name.endswith("_recent") else spec.slots
             total += count * int(torch.Size(spec.tail).numel()) * spec.dtype.itemsize
@@ -140,10 +140,6 @@ class Layout:
             if not spec.name.endswith("_recent"):
                 total += spec.slots * int(torch.Size(spec.tail).numel()) * spec.dtype.itemsize
         return Fraction(total, slots)
-
-    def closed(self, length: int) -> int:
-        """Tokens of a sequence that KIVI has quantized."""
-        return max(0, length - self.format.residual) // self.format.group * self.format.group
 
     # ------------------------------------------------------------------ writing and reading
 
@@ -350,7 +346,7 @@ def _exchange_kivi(
     room = k_recent.shape[2]
     begin = end - length
     rows = torch.arange(len(starts), device=k.device).view(-1, 1)
-    if first and (ragged or layout.closed(end) > layout.closed(begin)):
+    if first and (ragged or fmt.closed(end) > fmt.closed(begin)):
         done = (starts - fmt.residual).clamp(min=0) // group  # groups that were quantized before, per row
         todo = (starts + length - fmt.residual).clamp(min=0) // group - done
         most = length // group + 1
@@ -371,7 +367,7 @@ def _exchange_kivi(
         v_codes.unflatten(2, (-1, group))[row, :, place] = codes[row, :, index]
         v_params.unflatten(2, (-1, group))[row, :, place] = params[row, :, index]
     parts: list[Part] = []
-    closed = layout.closed(end)
+    closed = fmt.closed(end)
     if closed:
         dims = [c.shape[-1] * 8 // fmt.bits for c in (k_codes, v_codes)]
         keys = decode_channels(

@@ -8,11 +8,14 @@ Shapes: B batch, S query length, T key length, H query heads, Hkv KV heads, D he
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from kvpass.ir.kv_format import KVFormat, fake_channels, fake_tokens
 from kvpass.ir.kv_layout import Layout, Part
@@ -320,17 +323,12 @@ def _reach(part: Part, low: int, high: int, fmt: KVFormat) -> Part:
         return part
     start, stop = 0, high - part.base
     if part.reads == "closed":
-        stop = min(stop, _boundary(high, fmt) - part.base)
+        stop = min(stop, fmt.closed(high) - part.base)
     elif part.reads == "open":
-        start = max(0, _boundary(low + 1, fmt) - part.base)
+        start = max(0, fmt.closed(low + 1) - part.base)
     stop = max(0, min(stop, part.k.shape[2]))
     start = min(start, stop)
     return replace(part, k=part.k[:, :, start:stop], v=part.v[:, :, start:stop], base=part.base + start)
-
-
-def _boundary(length: int, fmt: KVFormat) -> int:
-    """Tokens that are quantized (KIVI) for the last of `length` queries."""
-    return max(0, length - fmt.residual) // fmt.group * fmt.group
 
 
 def _by_age(parts: list[Part], query_pos: Tensor, key_pos: Tensor, fmt: KVFormat) -> Tensor:
@@ -515,28 +513,24 @@ def feedback_reference(
     """Keys or values [B, Hkv, S, D] of a layer above, as the pass before computed them: zeros in the first pass.
 
     What runs a program that holds it repeats the nodes between it and that layer until keys and values stand still
-    (`runtime.fixpoint`): at most `passes` times where that is not 0, and until nothing changes by more than
+    (`ir.fixpoint`): at most `passes` times where that is not 0, and until nothing changes by more than
     `tolerance`.
     """
     batch, length = input_ids.shape
     return torch.zeros((batch, kv_heads, length, dim), dtype=dtype, device=input_ids.device)
 
 
-@torch.library.custom_op("kvpass::feedback", mutates_args=())
-def feedback(
-    input_ids: Tensor,
-    *,
-    layer: int,
-    part: str,
-    kv_heads: int,
-    dim: int,
-    dtype: torch.dtype,
-    passes: int = 0,
-    tolerance: float = 0.0,
-    fallback: bool = True,
-) -> Tensor:
-    """The value of a layer above; see `feedback_reference`."""
-    return feedback_reference(input_ids, layer=layer, part=part, kv_heads=kv_heads, dim=dim, dtype=dtype)
+def _op(name: str, reference: Callable[..., Tensor], changes: tuple[str, ...] = ()) -> CustomOpDef:
+    """The op `kvpass::name`, which has the signature of its reference and means the same."""
+
+    @functools.wraps(reference)
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        return reference(*arguments, **options).contiguous()
+
+    return torch.library.custom_op(f"kvpass::{name}", call, mutates_args=changes)
+
+
+feedback = _op("feedback", feedback_reference)
 
 
 @feedback.register_fake
@@ -545,43 +539,7 @@ def _feedback_fake(input_ids: Tensor, **options: Any) -> Tensor:
     return input_ids.new_empty(shape, dtype=options["dtype"])
 
 
-@torch.library.custom_op("kvpass::attention", mutates_args=())
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_logits: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    mask: Tensor | None = None,
-    sink_q: Tensor | None = None,
-    *,
-    scale: float,
-    causal: bool = True,
-    strict: bool = False,
-    window: int = 0,
-    sinks: int = 0,
-    softcap: float = 0.0,
-    layer: int = -1,
-    kv_format: str = "",
-) -> Tensor:
-    """Stateless attention; see `attention_reference`, which is its meaning."""
-    return attention_reference(
-        q,
-        k,
-        v,
-        sink_logits,
-        alibi_slopes,
-        mask,
-        sink_q,
-        scale=scale,
-        causal=causal,
-        strict=strict,
-        window=window,
-        sinks=sinks,
-        softcap=softcap,
-        layer=layer,
-        kv_format=kv_format,
-    ).contiguous()
+attention = _op("attention", attention_reference)
 
 
 @attention.register_fake
@@ -611,57 +569,7 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 attention.register_autograd(_attention_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("kvpass::attend", mutates_args=("cache",))
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: list[Tensor],
-    starts: Tensor,
-    stops: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    mask: Tensor | None = None,
-    sink_q: Tensor | None = None,
-    *,
-    end: int,
-    ragged: bool,
-    layout: str = "",
-    first: bool = True,
-    last: bool = True,
-    scale: float,
-    causal: bool = True,
-    strict: bool = False,
-    window: int = 0,
-    sinks: int = 0,
-    softcap: float = 0.0,
-    layer: int = -1,
-) -> Tensor:
-    """Cached attention; made only by the cache pass. See `attend_reference`, which is its meaning."""
-    return attend_reference(
-        q,
-        k,
-        v,
-        cache,
-        starts,
-        stops,
-        sink_logits,
-        alibi_slopes,
-        mask,
-        sink_q,
-        end=end,
-        ragged=ragged,
-        layout=layout,
-        first=first,
-        last=last,
-        scale=scale,
-        causal=causal,
-        strict=strict,
-        window=window,
-        sinks=sinks,
-        softcap=softcap,
-        layer=layer,
-    ).contiguous()
+attend = _op("attend", attend_reference, changes=("cache",))
 
 
 @attend.register_fake
@@ -669,47 +577,7 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) ->
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
-@torch.library.custom_op("kvpass::attend_shared", mutates_args=())
-def attend_shared(
-    q: Tensor,
-    cache: list[Tensor],
-    starts: Tensor,
-    sink_logits: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    value_dim: int,
-    end: int,
-    ragged: bool,
-    layout: str = "",
-    scale: float,
-    causal: bool = True,
-    strict: bool = True,
-    window: int = 0,
-    sinks: int = 0,
-    softcap: float = 0.0,
-    layer: int = -1,
-) -> Tensor:
-    """Attention over a layer's store from below it. See `attend_shared_reference`, which is its meaning."""
-    return attend_shared_reference(
-        q,
-        cache,
-        starts,
-        sink_logits,
-        alibi_slopes,
-        mask,
-        value_dim=value_dim,
-        end=end,
-        ragged=ragged,
-        layout=layout,
-        scale=scale,
-        causal=causal,
-        strict=strict,
-        window=window,
-        sinks=sinks,
-        softcap=softcap,
-        layer=layer,
-    ).contiguous()
+attend_shared = _op("attend_shared", attend_shared_reference)
 
 
 @attend_shared.register_fake

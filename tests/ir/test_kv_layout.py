@@ -571,7 +571,7 @@ def test_bytes_are_those_of_the_tensors(length, dtype):
                 assert sum(t.nbytes for t in made) == kept * each
     kivi = Layout.parse("kivi4:8:16")
     closed = max(0, length - 16) // 8 * 8
-    assert kivi.closed(length) == closed
+    assert kivi.format.closed(length) == closed
     quantized = closed * (DIM // 2 + VALUE_DIM // 2 + 4) + closed // 8 * DIM * 4
     assert kivi.bytes(DIM, VALUE_DIM, dtype, length) == quantized + min(24, length) * wide
     assert kivi.bytes_per_token(DIM, VALUE_DIM, dtype) == DIM // 2 + VALUE_DIM // 2 + 4 + DIM * 4 / 8
