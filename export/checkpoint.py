@@ -145,6 +145,10 @@ def _unsaid(wanted: LayerCache, got: LayerCache) -> str:
         return "counts positions in its cache"
     if wanted.format != got.format:
         return f"reads keys and values as {wanted.format} stores them"
+    if wanted.keeps != got.keeps:
+        return "drops entries of its cache by rank"
+    if wanted.passes != got.passes:
+        return "lets only some tokens of a prompt go on to the layers above"
     return ""
 
 

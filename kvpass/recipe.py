@@ -20,15 +20,18 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from kvpass.errors import RequestError
 from kvpass.passes.base import Pass
+from kvpass.passes.evict_kv import EvictKV
 from kvpass.passes.group_heads import GroupHeads
 from kvpass.passes.page_kv import PageKV
+from kvpass.passes.prune_pyramid import PrunePyramid
 from kvpass.passes.quantize_kv import QuantizeKV
 from kvpass.passes.share_layers import ShareLayers
 from kvpass.passes.slide_window import SlideWindow
 from kvpass.passes.split_projections import SplitProjections
 
 PASSES: dict[str, type[Pass]] = {
-    p.key(): p for p in (GroupHeads, ShareLayers, SlideWindow, QuantizeKV, PageKV, SplitProjections)
+    p.key(): p
+    for p in (GroupHeads, ShareLayers, SlideWindow, EvictKV, PrunePyramid, QuantizeKV, PageKV, SplitProjections)
 }
 
 
@@ -133,7 +136,8 @@ def build(entry: dict[str, Any], where: str) -> Pass:
 def _dump_pass(step: Pass) -> str:
     lines = ["[[pass]]", f'name = "{step.key()}"']
     for key, value in step.options().items():
-        lines.append(f"{key} = {_toml(value)}")
+        if value is not None:  # which TOML cannot say, and every knob that may be None is None by default
+            lines.append(f"{key} = {_toml(value)}")
     return "\n".join(lines) + "\n"
 
 

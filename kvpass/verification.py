@@ -20,12 +20,14 @@ from kvpass.ir.check import verify as verify_program
 from kvpass.ir.execute import evaluate
 from kvpass.ir.fixpoint import limits
 from kvpass.ir.program import ATTENTION, Program, Role, output_node, placeholder, roles
+from kvpass.runtime.selective import SelectiveState
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
 
 UPWARD = 100  # times as much may differ where layers read a layer above
 LENGTH = 40  # tokens per row of a check
+SELECTIVE_LENGTH = 160  # of prompts that are pruned: longer than what is never dropped, as a rule
 CHUNK = 7  # of the chunked prefill: no divisor of anything, so that pieces end anywhere
 HF_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # two implementations of one model; 5e-2 for half precision
 
@@ -82,6 +84,12 @@ def cache_checks(model: Transformed, *, seed: int = 0, length: int = LENGTH) -> 
     if stop is not None:
         allowed = max(UPWARD * allowed, 10 * stop.tolerance)
     allowed = max(allowed, *(c.format.step for c in model.plan))
+    if model.plan.selective:
+        longer = max(length, SELECTIVE_LENGTH)
+        return [
+            _check("a ragged batch equals its rows alone", allowed, lambda: _ragged(model, seed, longer)),
+            _check("what stays is as planned, in order and nested", 0.0, lambda: _survivors(model, seed, longer)),
+        ]
     return [
         _check("prefill and decode equal forward", allowed, lambda: _decode(model, ids)),
         _check("a ragged batch equals its rows alone", allowed, lambda: _ragged(model, seed, length)),
@@ -104,6 +112,8 @@ def check_cache(model: Transformed, *, seed: int = 0) -> str:
                 where=check.detail,
                 fix="this is a defect of the capture or of a pass; please report the model",
             )
+    if model.plan.selective:
+        return f"ragged batches equal to {checks[0].measured:.1e}; {checks[1].detail}"
     return f"cached decode, ragged batches and chunks equal to {max(c.measured for c in checks):.1e}"
 
 
@@ -242,6 +252,25 @@ def _ragged(model: Transformed, seed: int, length: int) -> tuple[float, str]:
     together = run(prompts, counts, further)
     alone = [run(prompts[i : i + 1, :n], [n], further[i : i + 1]) for i, n in enumerate(counts)]
     return compare(torch.cat(alone), together), f"rows of {', '.join(map(str, counts))} tokens"
+
+
+def _survivors(model: Transformed, seed: int, length: int) -> tuple[float, str]:
+    """How many tokens of a prompt are kept that should not be, or the other way round."""
+    ids = _tokens(model.program, 2, length, seed + 2)
+    prompt = int(ids.shape[1])
+    _, state = model.prefill(ids)
+    assert isinstance(state, SelectiveState)
+    wrong, below = 0, {row: set(range(prompt)) for row in range(2)}
+    for owner, count in model.plan.kept(prompt).items():
+        cuts = [c.passes for c in model.plan.layers[:owner] if c.passes is not None]
+        for row, heads in enumerate(state.positions(owner)):
+            for line in heads.tolist():
+                safe = {*range(state.rule(owner).sinks), *range(prompt - int(state.rule(owner).window(prompt)), prompt)}
+                wrong += abs(len(line) - count) + (line != sorted(set(line))) + len(set(line) - below[row])
+                wrong += len(safe - set(line)) if not cuts and count < prompt else 0
+            if model.plan[owner].keeps is None or not state.rule(owner).prunes:
+                below[row] = set(heads[0].tolist())
+    return float(wrong), f"2 prompts of {prompt} tokens"
 
 
 def _chunks(model: Transformed, ids: Tensor) -> tuple[float, str]:

@@ -19,9 +19,16 @@ from kvpass.errors import UnsupportedError
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import (
     ATTEND,
+    ATTEND_KEPT,
     ATTEND_SHARED,
     ATTENTION,
+    COLUMN_MASS,
     FILLS,
+    KEEP,
+    OBSERVE,
+    PRUNE,
+    SHAPE_ONLY_READERS,
+    SURVIVORS,
     Program,
     Role,
     aten,
@@ -32,7 +39,9 @@ from kvpass.ir.program import (
     roles,
     sweep,
 )
-from kvpass.ir.sites import Refusal, SiteFinder
+from kvpass.ir.retention import Retention
+from kvpass.ir.selection import EXTRAS
+from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
 
 
 @dataclass(frozen=True)
@@ -83,99 +92,295 @@ def insert_cache(program: Program, plan: CachePlan) -> Inserted:
     return Inserted(tuple(tables.values()))
 
 
+@dataclass(frozen=True)
+class Level:
+    """The tokens between two cuts of the residual stream, as nodes of an entry.
+
+    Attributes:
+        width: how many there are at most, a number.
+        lengths: [B] how many each row has; None where no tokens are dropped.
+        positions: [B, S] where they stand in the text, less the tables' base; 0 for padding.
+        marked: the same, -1 for padding.
+    """
+
+    width: fx.Node
+    lengths: fx.Node | None
+    positions: fx.Node
+    marked: fx.Node
+
+
+class _Entry:
+    """One cached entry in the making: a copy of `forward` and what is added to it."""
+
+    def __init__(
+        self, program: Program, plan: CachePlan, tables: dict[fx.Node, Table], small: dict[fx.Node, Any], large: Any
+    ) -> None:
+        self.plan, self.tables, self.small, self.large = plan, tables, small, large
+        self.graph = fx.Graph()
+        self.mapping: dict[fx.Node, fx.Node] = {}
+        result = self.graph.graph_copy(program.forward, self.mapping)
+        assert isinstance(result, fx.Node)
+        self.graph.output(result)
+        self.ids = self.anchor = placeholder(self.graph, "input_ids")
+        self.body = next(n for n in self.graph.nodes if n > self.ids)
+        self.inputs: dict[fx.Node, fx.Node] = {}  # a table's node in `forward` -> the input that holds it here
+        self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}  # what is made of sizes, per level
+        self.cuts: dict[int, fx.Node] = {}  # per layer, the survivors behind it, [B, S] indices into its own tokens
+        self.named: dict[str, fx.Node] = {}
+
+    def input(self, name: str) -> fx.Node:
+        """A new input behind the last one made."""
+        with self.graph.inserting_after(self.anchor):
+            self.anchor = self.graph.placeholder(name)
+        return self.anchor
+
+    def shared_input(self, name: str) -> fx.Node:
+        """An input that several nodes read."""
+        if name not in self.named:
+            self.named[name] = self.input(name)
+        return self.named[name]
+
+    def first(self, target: Any, *arguments: Any, **options: Any) -> fx.Node:
+        """A call before everything that the model computes."""
+        return insert_call(self.graph, self.body, target, *arguments, **options)
+
+    def table(self, table: Table) -> fx.Node:
+        """The input that holds a table."""
+        if table.node not in self.inputs:
+            self.inputs[table.node] = self.input(f"table_{table.node.name}")
+        return self.inputs[table.node]
+
+    def sized(self, node: fx.Node, before: fx.Node, key: int, width: fx.Node, role: dict[fx.Node, Role]) -> fx.Node:
+        """A number, or a blank tensor, made from sizes, for a level that holds `width` tokens."""
+        if role[node] not in (Role.SHAPE, Role.POSITION):
+            return self.mapping[node]
+        if (node, key) not in self.sizes:
+            if node.target in SHAPE_ONLY_READERS:
+                pair = (self.small[node], self.large[node])
+                if pair == (5, 7):
+                    return width
+                if pair[0] != pair[1] and pair != (2, 3):
+                    raise UnsupportedError(f"a size of {pair[0]} for 2 x 5 tokens is not known", where=node.name)
+                return self.mapping[node]
+            with self.graph.inserting_before(before):
+                parts = {n: self.sized(n, before, key, width, role) for n in node.all_input_nodes}
+                self.sizes[node, key] = self.graph.node_copy(node, parts.__getitem__)
+        return self.sizes[node, key]
+
+
 def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, last_only: bool) -> fx.Graph:
     source = program.forward
     role = roles(source)
-    small, large = program.shapes("forward", 2, 5), program.shapes("forward", 3, 7)
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(source, mapping)
-    assert isinstance(result, fx.Node)
-    graph.output(result)
-    ids = placeholder(graph, "input_ids")
-    with graph.inserting_after(ids):
-        starts = graph.placeholder("starts")
-    with graph.inserting_after(starts):
-        stops = graph.placeholder("stops")
-    with graph.inserting_after(stops):
-        end = graph.placeholder("end")
-    with graph.inserting_after(end):
-        ragged = graph.placeholder("ragged")
-    with graph.inserting_after(ragged):
-        base = graph.placeholder("base")
-    anchor = base
-    caches: dict[int, list[fx.Node]] = {}
-    for owner in plan.owners():
-        caches[owner] = []
-        for name in store_names(plan, owner):
-            with graph.inserting_after(anchor):
-                anchor = graph.placeholder(name)
-            caches[owner].append(anchor)
-    with graph.inserting_after(anchor):
-        length = graph.call_function(aten.sym_size.int, (ids, 1))
-    with graph.inserting_after(length):
-        steps = graph.call_function(aten.arange.default, (length,), {"device": torch.device("cpu")})
-    with graph.inserting_after(steps):
-        column = graph.call_function(aten.unsqueeze.default, (starts, 1))
-    with graph.inserting_after(column):
-        absolute = graph.call_function(aten.add.Tensor, (column, steps))
-    with graph.inserting_after(absolute):
-        positions = graph.call_function(aten.sub.Tensor, (absolute, base))
-
-    inputs: dict[fx.Node, fx.Node] = {}
     finder = SiteFinder(program)
+    small, large = finder.scaled
+    entry = _Entry(program, plan, tables, small, large)
+    graph, mapping = entry.graph, entry.mapping
+    starts, stops, end, ragged, base = (entry.input(name) for name in ("starts", "stops", "end", "ragged", "base"))
+    caches = {owner: [entry.input(name) for name in store_names(plan, owner)] for owner in plan.owners()}
+    pruning = plan.selective and last_only
+    prompt = entry.input("prompt") if pruning else None
+    length = entry.first(aten.sym_size.int, entry.ids, 1)
+    steps = entry.first(aten.arange.default, length, device=torch.device("cpu"))
+    column = entry.first(aten.unsqueeze.default, starts, 1)
+    absolute = entry.first(aten.add.Tensor, column, steps)
+    positions = entry.first(aten.sub.Tensor, absolute, base)
+    levels = {0: Level(length, prompt, positions, positions)}
+    depth: dict[fx.Node, int] = {}
+
     for node in list(source.nodes):
         if node.op != "call_function" or role[node] != Role.DATA:
             continue
         copied = mapping[node]
+        operands = [n for n in node.all_input_nodes if role[n] == Role.DATA]
+        depth[node] = max(
+            (depth.get(n, 0) for n in (operands[:1] if node.target is ATTENTION else operands)), default=0
+        )
+        if node.target is PRUNE:
+            if pruning:
+                depth[node] = int(str(node.kwargs["layer"])) + 1
+                _gather(entry, finder, node, levels, depth)
+            else:
+                copied.replace_all_uses_with(copied.args[0])  # type: ignore[arg-type]
+            continue
+        level = levels[depth[node]]
         if node.target is ATTENTION:
             site = finder[int(node.kwargs["layer"])]
+            if pruning:
+                _attend_prompt(entry, site, level, levels[0], caches)
+                continue
             arguments = [*copied.args, *[None] * 4][:7]
             mask = node.args[5] if len(node.args) > 5 else None
             if isinstance(mask, fx.Node):
                 table = _square_table(mask, small, large, tables)
                 between = small[mask].dim() - len(table.batch_axes) - 2
-                rows = _table_input(graph, anchor, table, inputs)
-                arguments[5] = _read_mask(graph, copied, rows, positions, between)
+                arguments[5] = _read_mask(graph, copied, entry.table(table), positions, between)
             owner = site.kv_source
-            options = {k: v for k, v in copied.kwargs.items() if k != "kv_format"}
+            options = {k: v for k, v in copied.kwargs.items() if k not in ("kv_format", "keeps")}
+            readers = [c.layer for c in plan.readers(owner) if not c.upward]
+            order = {"first": site.layer == readers[0], "last": site.layer == readers[-1]} if readers else {}
+            if plan.selective:
+                _attend_kept(entry, site, arguments, options | order, caches[owner], starts)
+                continue
             options |= {"end": end, "ragged": ragged, "layout": str(plan.layout(owner))}
             if site.upward:
                 copied.target = ATTEND_SHARED
                 copied.args = (arguments[0], caches[owner], starts, *arguments[3:6])
                 options["value_dim"] = site.value_dim
             else:
-                readers = [c.layer for c in plan.readers(owner) if not c.upward]
-                options |= {"first": site.layer == readers[0], "last": site.layer == readers[-1]}
+                options |= order
                 copied.target = ATTEND
                 copied.args = (*arguments[:3], caches[owner], starts, stops, *arguments[3:])
             copied.kwargs = options
             continue
         for operand in node.all_input_nodes:
-            if role[operand] != Role.POSITION or node.target in _SIZE_READERS or _is_blank(operand):
-                continue
-            if not _runs_over_tokens(operand, small, large):
+            tabulated = role[operand] == Role.POSITION and node.target not in _SIZE_READERS and not _is_blank(operand)
+            if not tabulated or not _runs_over_tokens(operand, small, large):
+                if depth[node] and role[operand] != Role.DATA:
+                    fresh = entry.sized(operand, copied, depth[node], level.width, role)
+                    copied.replace_input_with(mapping[operand], fresh)
                 continue
             table = _table(operand, small, large, tables)
             rank = max(small[n].dim() for n in [node, *node.all_input_nodes] if isinstance(small.get(n), Tensor))
-            gathered = _read(graph, copied, _table_input(graph, anchor, table, inputs), positions, table, small, rank)
+            gathered = _read(graph, copied, entry.table(table), level.positions, table, small, rank)
             copied.replace_input_with(mapping[operand], gathered)
     for node in list(graph.nodes):
         if node.op == "call_function" and "arange" in str(node.target):
             node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
     sweep(graph)
     if last_only:
-        _project_last(program, graph, source, mapping, anchor)
+        _project_last(program, entry)
     merge_equal(graph, data=True)
     sweep(graph)
     return graph
 
 
+_SCORING = ("scale", "causal", "strict", "window", "sinks", "softcap", "layer", "kv_format")
+
+
+def _gather(
+    entry: _Entry, finder: SiteFinder, node: fx.Node, levels: dict[int, Level], depth: dict[fx.Node, int]
+) -> None:
+    """Lower a cut: rank this level's tokens by the layer's attention, and take out what does not survive."""
+    layer, rule = int(str(node.kwargs["layer"])), str(node.kwargs["rule"])
+    source, copied = node.args[0], entry.mapping[node]
+    assert isinstance(source, fx.Node)
+    below = levels[depth.get(source, 0)]
+
+    def call(target: Any, *arguments: Any, **options: Any) -> fx.Node:
+        return insert_call(entry.graph, copied, target, *arguments, **options)
+
+    if layer + 1 not in levels:
+        width, counts = entry.input(f"width_{layer}"), entry.input(f"count_{layer}")
+        site = finder[layer]
+        ranks = _ranks(entry, site, below, levels[0], rule, copied)
+        prompt = levels[0].lengths
+        index = call(SURVIVORS, ranks, below.lengths, counts, prompt, width=width, rule=rule)
+        flat = call(aten.squeeze.dim, index, 1)
+        safe = call(aten.clamp.default, flat, 0)
+        there = call(aten.ge.Scalar, flat, 0)
+        where = call(aten.gather.default, below.positions, 1, safe)
+        marked = call(aten.where.ScalarOther, there, where, -1)
+        levels[layer + 1] = Level(width, counts, call(aten.clamp.default, marked, 0), marked)
+        entry.cuts[layer] = safe
+    safe = entry.cuts[layer]
+    batch = call(aten.sym_size.int, entry.ids, 0)
+    rows = call(aten.unsqueeze.default, call(aten.arange.default, batch, device=torch.device("cpu")), 1)
+    taken = call(aten.index.Tensor, entry.mapping[source], [rows, safe])
+    copied.replace_all_uses_with(taken)
+    entry.mapping[node] = taken
+
+
+def _ranks(entry: _Entry, site: AttentionSite, level: Level, whole: Level, rule: str, before: fx.Node) -> fx.Node:
+    """What the layer's attention makes of the tokens of its level."""
+    options = {name: site.option(name) for name in _SCORING} | {"rule": rule, "longest": whole.width}
+    tensors = [entry.mapping.get(t) if t is not None else None for t in _learned(site)]
+    places = [level.marked, level.marked] if level is not whole else [None, None]
+    q, k = entry.mapping[site.q], entry.mapping[site.k]
+    return insert_call(
+        entry.graph, before, COLUMN_MASS, q, k, level.lengths, whole.lengths, *tensors, *places, **options
+    )
+
+
+def _learned(site: AttentionSite) -> list[fx.Node | None]:
+    return [site.optional("sink_logits"), site.optional("alibi_slopes")]
+
+
+def _attend_prompt(
+    entry: _Entry, site: AttentionSite, level: Level, whole: Level, caches: dict[int, list[fx.Node]]
+) -> None:
+    """Attention of a prompt over itself, with what is to stay of it written into the store."""
+    copied, layer = entry.mapping[site.node], site.layer
+    by_distance = int(site.option("window")) > 0 or site.optional("alibi_slopes") is not None
+    if by_distance and level is not whole:
+        copied.args = (*[*copied.args, *[None] * 4][:7], level.marked, level.marked)
+    if site.kv_source != layer:
+        return
+    rule = entry.plan[layer].keeps
+    cache = caches[layer]
+    k, v = entry.mapping[site.k], entry.mapping[site.v]
+    index = ranks = None
+    if rule is not None and (rule.prunes or rule.then == "replace"):
+        ranks = _ranks(entry, site, level, whole, str(rule), copied)
+    if rule is not None and rule.prunes:
+        width, counts = entry.input(f"keep_width_{layer}"), entry.input(f"keep_{layer}")
+        options = {"width": width, "rule": str(rule)}
+        index = insert_call(entry.graph, copied, SURVIVORS, ranks, level.lengths, counts, whole.lengths, **options)
+    then = "append" if rule is None else rule.then
+    split = len(cache) - len(EXTRAS[then])
+    held = cache[: split + 1] if then == "replace" else cache[:split]
+    kept_ranks = ranks if then == "replace" else None
+    layout = str(entry.plan.layout(layer))
+    insert_call(entry.graph, copied, KEEP, k, v, held, level.lengths, level.positions, index, kept_ranks, layout=layout)
+    if then == "thin":
+        options = {name: site.option(name) for name in ("scale", "softcap", "kv_format")}
+        sink_logits = _learned(site)[0]
+        learned = None if sink_logits is None else entry.mapping[sink_logits]
+        q = entry.mapping[site.q]
+        insert_call(
+            entry.graph, copied, OBSERVE, q, k, cache[split:], level.lengths, level.positions, learned, **options
+        )
+
+
+def _attend_kept(
+    entry: _Entry,
+    site: AttentionSite,
+    arguments: list[Any],
+    options: dict[str, Any],
+    cache: list[fx.Node],
+    starts: fx.Node,
+) -> None:
+    """A step over a store whose entries were chosen: as usual where it only grows and distances do not count."""
+    copied, owner = entry.mapping[site.node], site.kv_source
+    fills, end = entry.shared_input(f"fill_{owner}"), entry.shared_input(f"end_{owner}")
+    options["layout"] = str(entry.plan.layout(owner))
+    q, k, v, sink_logits, alibi_slopes = arguments[:5]
+    if grows_plainly(entry.plan, owner) and alibi_slopes is None:
+        held = cache[: len(cache) - 1]  # all but the positions
+        copied.target = ATTEND
+        copied.args = (q, k, v, held, fills, None, sink_logits)
+        copied.kwargs = {**options, "end": end, "ragged": entry.shared_input(f"ragged_{owner}")}
+        return
+    rule = entry.plan[owner].keeps or Retention()
+    budgets, recents = entry.shared_input(f"budget_{owner}"), entry.shared_input(f"recent_{owner}")
+    copied.target = ATTEND_KEPT
+    copied.args = (q, k, v, cache, starts, fills, budgets, recents, sink_logits, alibi_slopes)
+    copied.kwargs = {**options, "end": end, "rule": str(rule)}
+
+
+def grows_plainly(plan: CachePlan, owner: int) -> bool:
+    """Whether a store takes each token in its next slot, and nothing is dropped after the prompt."""
+    keeps = plan[owner].keeps
+    return keeps is None or keeps.then == "append"
+
+
 def store_names(plan: CachePlan, owner: int) -> list[str]:
-    """The inputs that hold an owner's store, in the order of `Layout.exchange`."""
+    """The inputs that hold an owner's store, in the order of `Layout.exchange`; then what rules of retention need."""
     cache, layout = plan[owner], plan.layout(owner)
     names = [spec.name for spec in layout.specs(cache.key_dim, cache.value_dim, cache.dtype, layout.format.group or 1)]
-    return [f"cache_{owner}_{name}" for name in [*names, *(["table"] if layout.page else [])]]
+    names += ["table"] if layout.page else []
+    if plan.selective:
+        names += ["positions", *EXTRAS["append" if cache.keeps is None else cache.keeps.then]]
+    return [f"cache_{owner}_{name}" for name in names]
 
 
 _SIZE_READERS = {aten.sym_size.int}
@@ -241,14 +446,6 @@ def _square_table(
     return tables[node]
 
 
-def _table_input(graph: fx.Graph, anchor: fx.Node, table: Table, inputs: dict[fx.Node, fx.Node]) -> fx.Node:
-    if table.node not in inputs:
-        last = next((n for n in reversed(list(graph.nodes)) if n.op == "placeholder"), anchor)
-        with graph.inserting_after(last):
-            inputs[table.node] = graph.placeholder(f"table_{table.node.name}")
-    return inputs[table.node]
-
-
 def _read(
     graph: fx.Graph,
     before: fx.Node,
@@ -301,10 +498,9 @@ def _read_mask(graph: fx.Graph, before: fx.Node, rows: fx.Node, positions: fx.No
     return insert_call(graph, before, aten.permute.default, gathered, [0, 2, 1, 3])
 
 
-def _project_last(
-    program: Program, graph: fx.Graph, source: fx.Graph, mapping: dict[fx.Node, fx.Node], anchor: fx.Node
-) -> None:
+def _project_last(program: Program, entry: _Entry) -> None:
     """Keep only each row's last token before the vocabulary projection (or after, where it cannot be found)."""
+    graph, source, mapping = entry.graph, program.forward, entry.mapping
     finder = SiteFinder(program)
     result = output_node(source)
     try:
@@ -316,9 +512,7 @@ def _project_last(
         readers = [u for u in node.users if u is reader or any(m is reader for m in u.users)]
     except Refusal:
         node, readers = output_node(graph), [graph.output_node()]
-    last_place = next(n for n in reversed(list(graph.nodes)) if n.op == "placeholder")
-    with graph.inserting_after(last_place):
-        last = graph.placeholder("last")
+    last = entry.input("last")
     before = readers[0]
     batch = insert_call(graph, before, aten.sym_size.int, last, 0)
     rows = insert_call(graph, before, aten.arange.default, batch, device=torch.device("cpu"))

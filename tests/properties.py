@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import kvpass
 from kvpass.errors import UnsupportedError
 from kvpass.ir.check import compare
-from kvpass.ir.execute import evaluate
-from kvpass.ir.program import Program, output_node, placeholder
+from kvpass.ir.fixpoint import logits_of
+from kvpass.ir.program import Program, placeholder
 from kvpass.passes import GroupHeads, SplitProjections
 from kvpass.runtime.transformed import Transformed
 
@@ -98,13 +98,23 @@ def graph_logits(program: Program, ids: Tensor) -> Tensor:
     """Logits of a program's graph, run node by node."""
     graph = program.forward
     with torch.no_grad():
-        value: Tensor = evaluate([output_node(graph)], {placeholder(graph, "input_ids"): ids}, program.read)[0]
-    return value
+        return logits_of(graph, {placeholder(graph, "input_ids"): ids}, program.read)
+
+
+def stateless(slim: Transformed, ids: Tensor) -> Tensor:
+    """The logits of a model's graph alone."""
+    return graph_logits(slim.program, ids)
 
 
 def forward(slim: Transformed, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return slim(ids)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max())
 
 
 def decode_error(slim: Transformed, ids: Tensor) -> float:

@@ -98,7 +98,7 @@ def test_the_pass_at_fault_is_numbered():
 
 
 def test_an_unknown_pass_or_key_comes_with_those_that_are_known():
-    with pytest.raises(RequestError, match="'group-heads', 'page-kv', 'quantize-kv', 'share-layers'"):
+    with pytest.raises(RequestError, match="'evict-kv', 'group-heads', 'page-kv', 'prune-pyramid', 'quantize-kv'"):
         Recipe.parse('[[pass]]\nname = "gqa"\n')
     with pytest.raises(RequestError, match="'kv_heads', 'method', 'refit'"):
         Recipe.parse(STEP + "heads = 3\n")

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
 
 from kvpass.errors import CaptureError
-from kvpass.ir.program import Weight, aten, sweep
+from kvpass.ir.program import Weight, aten, sweep, writes
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 19  # unlike any usual size, so that no dimension is confused with another
 
@@ -72,16 +72,11 @@ def trace(
     finally:
         for part in training:
             part.training = True
-    if any(_writes_in_place(n) for n in exported.graph.nodes):
+    if any(writes(n) for n in exported.graph.nodes):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = exported.run_decompositions({})  # the same ops, each writing a tensor of its own
     return _tidy(exported, module)
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 class _Wrapper(nn.Module):

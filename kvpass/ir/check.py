@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from kvpass.errors import CheckError
 from kvpass.ir.kv_format import KVFormat
 from kvpass.ir.plan import CachePlan, LayerCache
-from kvpass.ir.program import ATTENTION, Program, is_arithmetic, output_node
+from kvpass.ir.program import ATTENTION, PRUNE, Program, is_arithmetic, output_node, writes
+from kvpass.ir.retention import Retention
 from kvpass.ir.sites import SiteFinder
 
 NAMESPACES = ("aten", "kvpass", "transformers")
@@ -16,6 +17,8 @@ NAMESPACES = ("aten", "kvpass", "transformers")
 
 def plan_of(program: Program) -> CachePlan:
     """The cache plan that a program's attention sites imply."""
+    cuts = [n for n in program.forward.nodes if n.target is PRUNE]
+    passed = {int(n.kwargs["layer"]): Retention.parse(str(n.kwargs["rule"])) for n in cuts}
     return CachePlan(
         tuple(
             LayerCache(
@@ -32,6 +35,8 @@ def plan_of(program: Program) -> CachePlan:
                 format=KVFormat.parse(site.option("kv_format")),
                 page=program.page_size,
                 cache_positions=site.optional("sink_q") is not None,
+                keeps=Retention.parse(site.option("keeps")) if site.option("keeps") else None,
+                passes=passed.get(site.layer),
             )
             for site in SiteFinder(program)
         )
@@ -59,10 +64,9 @@ def verify(program: Program, after: str) -> None:
                 namespace = getattr(node.target, "namespace", None)
                 if not (namespace in NAMESPACES or is_arithmetic(node.target)):
                     raise _broken(after, entry, node, f"calls {node.target}, which is no op of the program")
-                if not node.users:
+                if not node.users and not writes(node):
                     raise _broken(after, entry, node, "is computed for nothing")
-                schema = getattr(node.target, "_schema", None)
-                if schema is not None and schema.is_mutable and namespace != "kvpass":
+                if writes(node) and namespace != "kvpass":
                     raise _broken(after, entry, node, f"writes in place ({node.target})")
             elif node.op == "get_attr":
                 if str(node.target) not in program.weights:

@@ -212,6 +212,20 @@ class Layout:
             for tensor, piece in zip(cache, pieces, strict=True):
                 tensor[:, :, begin:end] = piece
 
+    def fill(self, cache: list[Tensor], k: Tensor, v: Tensor) -> None:
+        """Write a prompt's entries, in the order in which they are given, into a fresh dense store."""
+        for tensor, piece in zip(cache, self._encode(k, v), strict=True):
+            tensor[:, :, : k.shape[2]] = piece
+
+    def put(self, cache: list[Tensor], k: Tensor, v: Tensor, slot: Tensor) -> None:
+        """Write one token per row into slots [B, 1 or Hkv, 1] of a dense store, which heads may choose apart."""
+        for tensor, piece in zip(cache, self._encode(k, v), strict=True):
+            tensor.scatter_(2, slot.unsqueeze(-1).expand(*piece.shape), piece)
+
+    def entries(self, cache: list[Tensor], count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values in the first `count` slots of a dense store, whatever they hold."""
+        return self._decode([tensor[:, :, :count] for tensor in cache], dtype)
+
     def held(self, cache: list[Tensor], starts: Tensor, *, end: int, length: int, dtype: torch.dtype) -> list[Part]:
         """What a dense or paged store holds below position `end`, for queries at starts .. starts+length-1."""
         if self.page:

@@ -10,6 +10,7 @@ import torch
 from kvpass.errors import PlanError
 from kvpass.ir.kv_format import FULL, KVFormat
 from kvpass.ir.kv_layout import Layout
+from kvpass.ir.retention import Retention
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class LayerCache:
         format: how keys and values are stored.
         page: tokens per page; 0 for one stretch of memory per row.
         cache_positions: whether rotary positions are those in the cache (StreamingLLM), not those in the text.
+        keeps: which tokens its store keeps; None for all.
+        passes: which tokens of a prompt go on to the layers above; None for all.
     """
 
     layer: int
@@ -44,6 +47,8 @@ class LayerCache:
     format: KVFormat = FULL
     page: int = 0
     cache_positions: bool = False
+    keeps: Retention | None = None
+    passes: Retention | None = None
 
     @property
     def owner(self) -> bool:
@@ -101,6 +106,8 @@ class CachePlan:
         Raises:
             PlanError: two wishes exclude each other, with the reason.
         """
+        if self.selective:
+            self._check_selection(where)
         for owner in self.owners():
             layout = self.layout(owner)
             above = next((c.layer for c in self.readers(owner) if c.upward), None)
@@ -132,6 +139,54 @@ class CachePlan:
                 )
         return self
 
+    def _check_selection(self, where: str) -> None:
+        """What a store whose entries are chosen cannot be."""
+        for cache in self.layers:
+            if cache.positions:
+                raise PlanError(
+                    f"the mask of layer {cache.layer} is a table ({cache.positions}), and kvpass cannot show what it "
+                    "hides from tokens that have left their place",
+                    where=where,
+                    fix="no tokens can be dropped by rank from this model; a window or quantization may serve instead",
+                )
+            if cache.upward:
+                raise PlanError(
+                    f"layer {cache.layer} reads a layer above it in several passes, and which tokens stay would change "
+                    "from pass to pass",
+                    where=where,
+                    fix="share layers downward",
+                )
+            if cache.page:
+                raise PlanError(
+                    "pages are handed out for all layers alike, and layers would hold different numbers of tokens",
+                    where=where,
+                    fix="leave out PageKV",
+                )
+            if cache.window:
+                raise PlanError(
+                    f"layer {cache.layer} keeps a window of the latest tokens in a ring, whose slots belong to "
+                    "positions, and tokens between them would be missing",
+                    where=where,
+                    fix="drop tokens by rank or by age, not both",
+                )
+            if cache.format.layout == "kivi":
+                raise PlanError(
+                    f"layer {cache.layer} quantizes groups of neighbouring tokens (KIVI), which dropping tokens by "
+                    "rank takes apart",
+                    where=where,
+                    fix='quantize per token: layout="token"',
+                )
+            shared = cache.owner and len(self.readers(cache.layer)) > 1
+            if shared and cache.keeps is not None and cache.keeps.then != "append":
+                raise PlanError(
+                    f"several layers read what layer {cache.layer} keeps, and each would rank its tokens differently "
+                    "as text is generated",
+                    where=where,
+                    fix="choose a policy that only drops tokens of the prompt",
+                )
+            if cache.keeps is not None and not cache.owner:
+                raise PlanError(f"layer {cache.layer} has no keys and values of its own to drop", where=where)
+
     @property
     def upward(self) -> bool:
         """Whether a layer reads the keys and values of one above it, so that prefill takes several passes."""
@@ -139,8 +194,42 @@ class CachePlan:
 
     @property
     def bounded(self) -> bool:
-        """Whether the cache stops growing: every store keeps a window only."""
-        return all(self.layout(owner).window > 0 for owner in self.owners())
+        """Whether the cache stops growing: every store keeps a window, or a number of tokens, only."""
+        return all(self.layout(owner).window > 0 or self._bounded(owner) for owner in self.owners())
+
+    def _bounded(self, owner: int) -> bool:
+        keeps = self.layers[owner].keeps
+        return keeps is not None and keeps.bounded
+
+    # ------------------------------------------------------------------ what stays of a prompt
+
+    @property
+    def selective(self) -> bool:
+        """Whether some tokens of a prompt are dropped by rank, so that layers hold different ones."""
+        return any(c.keeps is not None or c.passes is not None for c in self.layers)
+
+    def reached(self, prompt: int) -> list[int]:
+        """Tokens of a prompt that each layer computes."""
+        counts, count = [], prompt
+        for cache in self.layers:
+            counts.append(count)
+            if cache.passes is not None:
+                count = cache.passes.count(count, prompt)
+        return counts
+
+    def kept(self, prompt: int) -> dict[int, int]:
+        """Tokens of a prompt that each owner's store holds once it was read."""
+        counts = self.reached(prompt)
+        kept = {}
+        for owner in self.owners():
+            keeps = self.layers[owner].keeps
+            kept[owner] = counts[owner] if keeps is None else keeps.count(counts[owner], prompt)
+        return kept
+
+    def fraction(self, prompt: int) -> float:
+        """What part of the bytes of the same plan without selection a prompt's cache takes."""
+        everything = CachePlan(tuple(replace(c, keeps=None, passes=None) for c in self.layers))
+        return self.bytes(1, prompt) / everything.bytes(1, prompt)
 
     def bytes_per_token(self) -> int:
         """Bytes that one token adds to the cache, all layers together, while no window is full."""
@@ -149,12 +238,33 @@ class CachePlan:
     def bytes(self, batch: int, length: int) -> int:
         """Bytes of the cache of `batch` sequences of `length` tokens each: scales, residuals and full windows counted,
         unused slots not."""
+        if self.selective:
+            return batch * self.held_bytes(self.kept(length), length)
+        return batch * self.held_bytes(dict.fromkeys(self.owners(), length))
+
+    def held_bytes(self, held: dict[int, int], prompt: int = 0) -> int:
+        """Bytes of one sequence whose owners hold so many tokens, of a prompt of `prompt`."""
         total = 0
-        for owner in self.owners():
+        for owner, length in held.items():
             cache = self.layers[owner]
             layout = self.layout(owner)
             total += cache.kv_heads * layout.bytes(cache.key_dim, cache.value_dim, cache.dtype, length)
-        return batch * total
+            if self.selective:
+                total += self.side_bytes(owner, length, prompt)
+        return total
+
+    def side_bytes(self, owner: int, length: int, prompt: int) -> int:
+        """Bytes beside an owner's keys and values: positions, ranks, and queries that will rank."""
+        cache = self.layers[owner]
+        keeps = cache.keeps or Retention()
+        groups = cache.kv_heads if keeps.apart else 1
+        total = 4 * groups * length
+        if keeps.then == "replace":
+            total += 4 * groups * length
+        if keeps.then == "thin":
+            rows = int(keeps.window(max(length, prompt)))
+            total += rows * (cache.heads * (cache.key_dim * cache.dtype.itemsize + 4) + 4)
+        return total
 
     def per_device(self, tensor_parallel: int) -> int:
         """Bytes per token on each device: a KV head is not split, so a device holds max(1, Hkv / devices) of them."""
@@ -196,6 +306,8 @@ class CachePlan:
                     "window": layer.window,
                     "sinks": layer.sinks,
                     "page": layer.page,
+                    "keeps": "" if layer.keeps is None else str(layer.keeps),
+                    "passes": "" if layer.passes is None else str(layer.passes),
                     "mask": layer.positions or "in the algebra",
                     "bytes_per_token": layer.bytes_per_token(),
                 }

@@ -24,6 +24,12 @@ ATTENTION = torch.ops.kvpass.attention.default
 ATTEND = torch.ops.kvpass.attend.default
 ATTEND_SHARED = torch.ops.kvpass.attend_shared.default
 FEEDBACK = torch.ops.kvpass.feedback.default
+PRUNE = torch.ops.kvpass.prune.default
+COLUMN_MASS = torch.ops.kvpass.column_mass.default
+SURVIVORS = torch.ops.kvpass.survivors.default
+KEEP = torch.ops.kvpass.keep.default
+OBSERVE = torch.ops.kvpass.observe.default
+ATTEND_KEPT = torch.ops.kvpass.attend_kept.default
 aten = torch.ops.aten
 
 SHAPE_ONLY_READERS = {
@@ -232,11 +238,17 @@ def clone_into(
     return mapping
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether a call changes what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
 def sweep(graph: fx.Graph) -> int:
-    """Remove calls and weights that nothing reads; returns how many went."""
+    """Remove calls and weights that nothing reads; returns how many went. What writes a cache stays."""
     gone = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr"):
+        if not node.users and node.op in ("call_function", "get_attr") and not writes(node):
             graph.erase_node(node)
             gone += 1
     return gone
@@ -344,9 +356,8 @@ def merge_equal(graph: fx.Graph, *, data: bool = False) -> int:
 
 def _is_pure(node: fx.Node) -> bool:
     """Whether a call gives the same for the same, and changes nothing."""
-    schema = getattr(node.target, "_schema", None)
     tags = getattr(node.target, "tags", ())
-    return schema is not None and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags
+    return hasattr(node.target, "_schema") and not writes(node) and torch.Tag.nondeterministic_seeded not in tags
 
 
 def _frozen(value: Any) -> Any:

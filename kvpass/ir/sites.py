@@ -120,6 +120,11 @@ class SiteFinder:
     def shapes(self) -> dict[fx.Node, Any]:
         return self.program.shapes(self.entry, _BATCH, _LENGTH)
 
+    @cached_property
+    def scaled(self) -> tuple[dict[fx.Node, Any], dict[fx.Node, Any]]:
+        """Shapes for 2 x 5 and for 3 x 7 tokens: what changes tells batch and length apart."""
+        return self.program.shapes(self.entry, 2, 5), self.program.shapes(self.entry, 3, 7)
+
     def __iter__(self) -> Iterator[AttentionSite]:
         for layer, node in enumerate(self.nodes):
             yield AttentionSite(self, node, layer)
@@ -165,6 +170,43 @@ class SiteFinder:
             numbers = all(torch.equal(v, torch.arange(len(v), dtype=v.dtype)) for v in (small, large))
             if numbers and (len(small), len(large)) == (5, 7) and not ancestors([node]) & set(found):
                 found.append(node)
+        return found
+
+    def crossing(self, layer: int) -> list[fx.Node]:
+        """What the layers above `layer` read of it and of the layers below: its residual stream first.
+
+        The stream is the last node through which everything goes that this layer's attention has to say to the next
+        one's. Whatever else passes from below it to above it (a copy of the embeddings, for one) follows; keys and
+        values that layers share do not.
+
+        Raises:
+            Refusal: there is no such node, or what passes is not [B, S, ...].
+        """
+        begin, end = self.nodes[layer], self.nodes[layer + 1]
+        reached = reached_from([begin])
+        needed = ancestors([end]) & reached
+        for stream in reversed(in_order(needed)):
+            above = reached_from([stream]) - {stream}
+            if end in above and not any(
+                source in reached and source not in above and source is not stream
+                for node in above
+                for source in node.all_input_nodes
+            ):
+                break
+        else:
+            raise Refusal("no single tensor carries what this layer adds to the next", begin)
+        shared = {n for site in self.nodes if site in above for n in site.args[1:3]}
+        others = {
+            source
+            for node in above
+            for source in node.all_input_nodes
+            if source not in above and source is not stream and source not in shared
+        }
+        found = [stream, *(n for n in in_order(others) if self.roles[n] == Role.DATA and n.op != "placeholder")]
+        for node in found:
+            sizes = [tuple(v[node].shape) for v in self.scaled]
+            if [s[:2] for s in sizes] != [(2, 5), (3, 7)] or sizes[0][2:] != sizes[1][2:]:
+                raise Refusal(f"a tensor of shape {sizes[0]} for 2 x 5 tokens passes from layer to layer", node)
         return found
 
     def probe_weight(self, name: str) -> Tensor:
@@ -240,6 +282,18 @@ class SiteFinder:
             names = ", ".join(str(p.weight.target) for p in list(found.values())[:4])
             raise Refusal(f"it comes from {len(found)} projections ({names}), not one", node)
         return next(iter(found.values()))
+
+
+def reached_from(starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on `starts`, themselves included; the graph's output is none."""
+    reached = set(starts)
+    stack = list(reached)
+    while stack:
+        for user in stack.pop().users:
+            if user not in reached and user.op != "output":
+                reached.add(user)
+                stack.append(user)
+    return reached
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvpass.errors import RequestError
+from kvpass.ir.attention import linear
 from kvpass.ir.execute import evaluate, to_double
 from kvpass.ir.fixpoint import Block, Run, find_block, limits, solve
 from kvpass.ir.fold import fold_weights
-from kvpass.ir.ops import REFERENCES, linear
+from kvpass.ir.ops import REFERENCES
 from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import Program, aten, placeholder, to_module
+from kvpass.ir.program import ATTEND_KEPT, Program, aten, placeholder, to_module
 from kvpass.ir.sites import SiteFinder
 from kvpass.passes.insert_cache import Inserted, insert_cache, movable, prove_tables, store_names
+from kvpass.runtime.selective import SelectiveState
 from kvpass.runtime.state import State
 
 QUICK = {aten.linear.default: linear}
@@ -58,6 +60,12 @@ class Executor(nn.Module):
         for entry, module in self.entries.items():
             self.add_module(f"entry_{entry}", module)
         self._names = {owner: store_names(plan, owner) for owner in plan.owners()}
+        self._inputs = {
+            entry: [str(n.target) for n in graph.nodes if n.op == "placeholder" and n.target != "input_ids"]
+            for entry, graph in folded.entries.items()
+        }
+        self.one_by_one = any(n.target is ATTEND_KEPT for n in folded.entries["decode"].nodes)
+        self.scales = {site.layer: float(site.option("scale")) for site in SiteFinder(folded)}
         self._counts = movable(SiteFinder(folded), self.inserted) if plan.bounded else []
         shapes = folded.shapes()
         self._table_dtypes = {t.node: shapes[t.node].dtype for t in self.inserted.tables}
@@ -84,10 +92,46 @@ class Executor(nn.Module):
 
     # ------------------------------------------------------------------ with a cache
 
+    def read_prompts(self, input_ids: Tensor, state: SelectiveState, counts: list[int], capacity: int) -> Tensor:
+        """Run whole prompts [B, S], of `counts` tokens each, whose tokens are dropped by rank; logits [B, 1, V]."""
+        ids = input_ids.to(self.device)
+        arguments = state.begin(counts, capacity, self.scales)
+        reached = [self.plan.reached(n)[-1] for n in counts]
+        arguments |= {"starts": state.lengths, "stops": None, "end": int(ids.shape[1]), "ragged": False}
+        arguments["last"] = torch.tensor(reached, device=self.device) - 1
+        for owner in state.stores:
+            arguments |= zip(self._names[owner], state.tensors(owner), strict=True)
+        arguments |= self._position_tables(0, int(ids.shape[1]))
+        arguments["base"] = self._table_base
+        return self._call("prefill", ids, arguments)
+
+    def _call(self, entry: str, ids: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Run an entry with those of the arguments that it takes."""
+        taken = {name: arguments[name] for name in self._inputs[entry]}
+        with torch.no_grad():
+            result: Tensor = self.entries[entry](ids, **taken)
+        return result
+
+    def _step_selective(self, ids: Tensor, state: SelectiveState) -> Tensor:
+        """Like `step`, over stores of chosen tokens."""
+        count = int(ids.shape[1])
+        end = state.max_length + count
+        self.check_length(end)
+        state.prepare(count)
+        arguments: dict[str, Any] = {"starts": state.lengths, "stops": None, "end": end, "ragged": state.ragged}
+        arguments |= state.told(count)
+        for owner in state.stores:
+            arguments |= zip(self._names[owner], state.tensors(owner), strict=True)
+        arguments |= self._position_tables(state.min_length, end)
+        arguments["base"] = self._table_base
+        return self._call("decode", ids, arguments)
+
     def step(self, input_ids: Tensor, state: State, last: Tensor | None, stops: Tensor | None = None) -> Tensor:
         """Run S tokens per row through the cache without advancing the lengths; logits [B, S, V], or [B, 1, V] of
         `last`. Tokens at or beyond `stops` [B] are padding."""
         ids = input_ids.to(self.device)
+        if isinstance(state, SelectiveState):
+            return self._step_selective(ids, state)
         count = int(ids.shape[1])
         end = state.max_length + count
         self.check_length(end)

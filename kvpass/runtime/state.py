@@ -41,6 +41,10 @@ class State:
             from kvpass.runtime.paged import PagedState
 
             return PagedState.fresh(plan, batch, capacity, device)
+        if plan.selective:
+            from kvpass.runtime.selective import SelectiveState
+
+            return SelectiveState.fresh(plan, batch, device)
         state = State(plan, torch.zeros(batch, dtype=torch.long, device=device), capacity=capacity)
         for owner in plan.owners():
             cache, layout = plan[owner], plan.layout(owner)

@@ -16,6 +16,7 @@ from kvpass.ir.program import Program
 from kvpass.ir.text import graph_text
 from kvpass.manager import Report
 from kvpass.runtime.executor import Executor
+from kvpass.runtime.selective import SelectiveState
 from kvpass.runtime.state import State
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Transformed(nn.Module):
         return self.executor(self._ids(input_ids))
 
     def prefill(
-        self, input_ids: Tensor, lengths: Tensor | None = None, *, capacity: int | None = None, chunk: int = CHUNK
+        self, input_ids: Tensor, lengths: Tensor | None = None, *, capacity: int | None = None, chunk: int | None = None
     ) -> tuple[Tensor, State]:
         """Read prompts into a fresh cache.
 
@@ -69,7 +70,7 @@ class Transformed(nn.Module):
             input_ids: [B, S] token ids; rows of different lengths are padded on the right with any id.
             lengths: [B] tokens per row; all S where None.
             capacity: tokens per row to make room for at once; the cache grows beyond it when needed.
-            chunk: tokens per row that are run at a time.
+            chunk: tokens per row that are run at a time; CHUNK where None, and all where tokens are dropped by rank.
 
         Returns:
             Logits [B, V] of each row's last token, and the state that `decode` goes on from.
@@ -80,7 +81,7 @@ class Transformed(nn.Module):
         ids = self._ids(input_ids)
         batch, length = ids.shape
         _check_prompt(ids)
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise RequestError(f"chunk must be at least 1, not {chunk}")
         counts = torch.full((batch,), length) if lengths is None else torch.as_tensor(lengths).cpu().long()
         if counts.shape != (batch,) or int(counts.min()) < 1 or int(counts.max()) > length:
@@ -91,21 +92,34 @@ class Transformed(nn.Module):
         longest = int(counts.max())
         executor = self.executor
         executor.check_length(longest)
+        if self.plan.selective:
+            if chunk is not None and chunk < longest:
+                raise RequestError(
+                    f"a prompt of {longest} tokens cannot be read {chunk} at a time where tokens are dropped by rank",
+                    fix="leave out chunk=; memory stays bounded by the schedule",
+                )
+            chosen = SelectiveState.fresh(self.plan, batch, self.device)
+            room = max(capacity or 0, longest)
+            logits = executor.read_prompts(ids[:, :longest], chosen, counts.tolist(), room)[:, 0]
+            chosen.lengths = counts.to(self.device)
+            chosen.refresh()
+            return logits, chosen
+        chunk = chunk or CHUNK
         state = State.empty(self.plan, batch, max(capacity or 0, longest), self.device)
-        logits: Tensor | None = None
+        found: Tensor | None = None
         stops = counts.to(self.device) if int(counts.min()) < longest else None
         for start in range(0, longest, chunk):
             stop = min(start + chunk, longest)
             ends = (counts - 1 - start).clamp(0, stop - start - 1).to(self.device)
             part = executor.step(ids[:, start:stop], state, ends, stops)[:, 0]
             finishes = ((counts > start) & (counts <= stop)).to(self.device).unsqueeze(1)
-            logits = part if logits is None else torch.where(finishes, part, logits)
+            found = part if found is None else torch.where(finishes, part, found)
             state.lengths = torch.full_like(state.lengths, stop)
             state.refresh()
-        assert logits is not None
+        assert found is not None
         state.lengths = counts.to(self.device)
         state.refresh()
-        return logits, state
+        return found, state
 
     def decode(self, input_ids: Tensor, state: State) -> Tensor:
         """Logits [B, S, V] of S >= 1 more tokens [B, S] per row; `state` is updated in place."""
@@ -114,6 +128,8 @@ class Transformed(nn.Module):
             raise RequestError(f"{ids.shape[0]} rows were given to a state of {state.batch}")
         if ids.shape[1] == 0:
             raise RequestError("there are no tokens to decode", fix="give at least one token per row")
+        if ids.shape[1] > 1 and self.executor.one_by_one:
+            return torch.cat([self.decode(ids[:, i : i + 1], state) for i in range(ids.shape[1])], dim=1)
         logits = self.executor.step(ids, state, None)
         state.advance(int(ids.shape[1]))
         return logits

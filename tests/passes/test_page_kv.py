@@ -13,6 +13,8 @@ from kvpass.ir.program import ATTEND
 from kvpass.passes import PageKV, QuantizeKV, ShareLayers, SlideWindow
 from kvpass.runtime.paged import PagedState
 from kvpass.runtime.pages import OutOfPages
+from properties import error
+from properties import forward as whole
 
 EXACT = 1e-9
 VARIANTS = {
@@ -52,16 +54,6 @@ def pair(variant, page=4):
     """The model without pages and with them."""
     name, steps = VARIANTS[variant]
     return made(name, *steps), made(name, *steps, PageKV(page))
-
-
-def whole(slim, tokens):
-    with torch.no_grad():
-        return slim(tokens)
-
-
-def error(found, expected):
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max())
 
 
 def consistent(*states):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AttentionInterface
+from written_out import captured
 
 import families
 import kvpass
@@ -12,6 +13,8 @@ from kvpass.errors import PlanError
 from kvpass.ir.kv_format import KVFormat, decode_channels, decode_tokens, encode_channels, encode_tokens
 from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.passes import GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow
+from properties import error
+from properties import forward as whole
 
 EXACT = 1e-6  # norms and angles are float32 in any dtype; a code that is off by one shows as 1e-3
 RULE = {}
@@ -76,29 +79,8 @@ def ids(rows=2, length=43, seed=1):
     return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-CAPTURED = {}
-
-
-def captured(name="llama", **changes):
-    key = (name, *changes.items())
-    if key not in CAPTURED:
-        model = families.build(name, **changes).double()
-        CAPTURED[key] = kvpass.transform(model, dtype=torch.float64, progress=False, verify="off")
-    return CAPTURED[key]
-
-
 def quantized(source, *passes):
     return kvpass.transform(source, list(passes), progress=False, verify="off")
-
-
-def whole(slim, tokens):
-    with torch.no_grad():
-        return slim(tokens)
-
-
-def error(found, expected):
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max())
 
 
 def assert_cached(slim, tokens, expected):

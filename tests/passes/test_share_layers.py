@@ -15,7 +15,7 @@ import families
 import kvpass
 from kvpass.errors import PlanError, UnsupportedError
 from kvpass.export import checkpoint
-from kvpass.ir import ops
+from kvpass.ir import attention as arithmetic
 from kvpass.ir.execute import evaluate
 from kvpass.ir.fixpoint import logits_of
 from kvpass.ir.kv_format import KVFormat
@@ -25,6 +25,8 @@ from kvpass.ir.sites import SiteFinder
 from kvpass.manager import run
 from kvpass.passes import Context, GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow
 from kvpass.passes.share_layers import read_sources
+from properties import error, stateless
+from properties import forward as whole
 
 EXACT = 1e-6  # room for one of those float32 to be rounded the other way
 LAYERS = 4
@@ -66,23 +68,6 @@ def shared(source, kv_source, *more, fresh=False, **options):
     if fresh or key not in MADE:
         MADE[key] = source, rewritten(source, *steps)
     return MADE[key][1]
-
-
-def whole(slim, tokens):
-    with torch.no_grad():
-        return slim(tokens)
-
-
-def stateless(slim, tokens):
-    """The logits of the graph alone."""
-    program = slim.program
-    with torch.no_grad():
-        return logits_of(program.forward, {placeholder(program.forward, "input_ids"): tokens}, program.read)
-
-
-def error(found, expected):
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max())
 
 
 def one_by_one(slim, tokens):
@@ -724,7 +709,7 @@ def test_the_first_row_of_an_upward_reader_reads_nothing_and_gives_zero(dense):
 
 # ---------------------------------------------------------------------- what the comparison would notice
 
-VISIBLE = ops.visible
+VISIBLE = arithmetic.visible
 
 
 def diagonal_kept(*args, strict, causal, **options):
@@ -748,7 +733,7 @@ def test_a_wrong_mask_is_noticed(dense, sequential, monkeypatch, mutant, kv_sour
     expected = sequential(kv_source, **({"windows": windows} if windows else {}))
     for mutated in (False, True):
         if mutated:
-            monkeypatch.setattr(ops, "visible", mutant)
+            monkeypatch.setattr(arithmetic, "visible", mutant)
         errors = [error(whole(slim, tokens), expected), error(one_by_one(slim, tokens), expected)]
         errors.append(error(slim.prefill(tokens)[0], expected[:, -1]))
         if not mutated:

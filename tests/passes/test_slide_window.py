@@ -8,37 +8,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from written_out import EXACT, captured, ids, reference
 
 import decoders
 import families
 import kvpass
 from kvpass.errors import PlanError, UnsupportedError
 from kvpass.ir.execute import evaluate
-from kvpass.ir.fixpoint import logits_of
 from kvpass.ir.program import ATTENTION, placeholder
 from kvpass.passes import PageKV, QuantizeKV, ShareLayers, SlideWindow
-
-EXACT = 1e-6  # norms and angles are float32 in any dtype; what is wrong is off by more than a hundredth
-RULE = {}  # what the reference's attention does: layer -> (query, key, value) -> [B, H, S, D]
-
-
-def written_out(module, query, key, value, attention_mask, scaling=None, softcap=None, **options):
-    group = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return RULE["read"](module.layer_idx, query, key, value, scale, softcap or 0.0).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("written_out", written_out)
-
-
-def reference(name, tokens, read, **changes):
-    """Logits of the family's model whose attention is `read(layer, q, k, v, scale, softcap)` (heads repeated)."""
-    model = families.build(name, attn_implementation="written_out", **changes).double()
-    RULE["read"] = read
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
+from properties import error, stateless
+from properties import forward as whole
 
 
 def mixed(q, keys, values, scale, softcap):
@@ -96,40 +76,8 @@ def at_cache_positions(per_layer, interleaved=False, channels=8):
     return read
 
 
-def ids(rows=2, length=22, seed=1):
-    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-CAPTURED = {}
-
-
-def captured(name, **changes):
-    key = (name, *changes.items())
-    if key not in CAPTURED:
-        model = families.build(name, **changes).double()
-        CAPTURED[key] = kvpass.transform(model, dtype=torch.float64, progress=False, verify="off")
-    return CAPTURED[key]
-
-
 def slid(source, *passes):
     return kvpass.transform(source, list(passes), progress=False, verify="off")
-
-
-def whole(slim, tokens):
-    with torch.no_grad():
-        return slim(tokens)
-
-
-def stateless(slim, tokens):
-    """The logits of the graph alone."""
-    program = slim.program
-    with torch.no_grad():
-        return logits_of(program.forward, {placeholder(program.forward, "input_ids"): tokens}, program.read)
-
-
-def error(found, expected):
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max())
 
 
 def assert_cached(slim, tokens, expected, allowed=EXACT):

@@ -11,6 +11,7 @@ import kvpass
 from kvpass.errors import RequestError
 from kvpass.ir.check import compare
 from kvpass.passes import GroupHeads
+from properties import forward as whole
 
 SAME = 1e-5
 
@@ -27,11 +28,6 @@ def llama():
 @pytest.fixture(scope="module")
 def sliding():
     return kvpass.transform(decoders.DECODERS["window_alternating"](), progress=False)
-
-
-def whole(model, tokens):
-    with torch.no_grad():
-        return model(tokens)
 
 
 def assert_same(found, expected, what="the cache"):
