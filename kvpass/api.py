@@ -12,15 +12,18 @@ import torch
 
 from kvpass.calibration import WINDOW, Calibration, token_stream, windows
 from kvpass.capture import Source, capture
-from kvpass.errors import RequestError, UnsupportedError
+from kvpass.errors import PlanError, RequestError, UnsupportedError
 from kvpass.ir.check import plan_of
 from kvpass.ir.check import verify as verify_program
+from kvpass.ir.cost import PromptCost, prompt_cost
 from kvpass.ir.fixpoint import limits
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.sites import Refusal, SiteFinder
 from kvpass.manager import FAST_BYTES, Verify, make_plan, run
 from kvpass.passes.base import Context, Pass
+from kvpass.passes.evict_kv import EvictKV
+from kvpass.passes.prune_pyramid import PrunePyramid
 from kvpass.recipe import Recipe
 from kvpass.runtime.transformed import Transformed
 from kvpass.verification import check_cache, check_finite, check_tokens_apart
@@ -146,6 +149,7 @@ class ModelSummary:
     parameter_bytes: int
     plan: CachePlan
     passes: dict[str, str]  # pass -> "ok" or the reason why it would be refused
+    cost: PromptCost
 
 
 def inspect(source: Source) -> ModelSummary:
@@ -166,10 +170,12 @@ def inspect(source: Source) -> ModelSummary:
 
 def summarize(program: Program) -> ModelSummary:
     """The summary of a captured program."""
-    layers = tuple(_layer_facts(program, site) for site in SiteFinder(program))
+    finder = SiteFinder(program)
+    layers = tuple(_layer_facts(program, site) for site in finder)
     used = program.used_weights()
     parameters = [w for n, w in program.weights.items() if n in used and not w.constant]
     refused = [r for layer in layers for r in layer.refusals]
+    plan = plan_of(program)
     return ModelSummary(
         name=program.facts.name,
         family=program.facts.family,
@@ -178,9 +184,35 @@ def summarize(program: Program) -> ModelSummary:
         max_positions=program.facts.max_positions,
         parameters=sum(int(torch.Size(w.shape).numel()) for w in parameters),
         parameter_bytes=program.parameter_bytes(),
-        plan=plan_of(program),
-        passes={"group-heads": refused[0] if refused else "ok"},
+        plan=plan,
+        passes={
+            "group-heads": refused[0] if refused else "ok",
+            "evict-kv": _evictable(plan),
+            "prune-pyramid": _prunable(plan, finder),
+        },
+        cost=prompt_cost(program),
     )
+
+
+def _evictable(plan: CachePlan) -> str:
+    try:
+        EvictKV(keep=0.5).plan(plan)
+    except PlanError as error:
+        return error.what
+    return "ok"
+
+
+def _prunable(plan: CachePlan, finder: SiteFinder) -> str:
+    """Asked of one layer behind which tokens may leave; the pass asks all of them."""
+    whole = CachePlan(tuple(replace(cache, passes=None) for cache in plan))
+    try:
+        pruned = PrunePyramid(schedule="pyramidinfer", strategy="constant").plan(whole)
+        finder.crossing(next(cache.layer for cache in pruned if cache.passes is not None))
+    except PlanError as error:
+        return error.what
+    except Refusal as refusal:
+        return str(refusal)
+    return "ok"
 
 
 def _layer_facts(program: Program, site: Any) -> LayerFacts:

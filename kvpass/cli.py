@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvpass.api import LayerFacts, ModelSummary
+    from kvpass.ir.cost import PromptCost
     from kvpass.ir.plan import CachePlan
     from kvpass.manager import Report
     from kvpass.passes.base import Pass
@@ -97,6 +99,18 @@ class Format(StrEnum):
     token = "token"
     kivi = "kivi"
     fp8 = "fp8"
+
+
+class Policy(StrEnum):
+    """Which entries of a cache stay."""
+
+    snapkv = "snapkv"
+    pyramidkv = "pyramidkv"
+    h2o = "h2o"
+    scissorhands = "scissorhands"
+    tova = "tova"
+    recent = "recent"
+    random = "random"
 
 
 class Save(StrEnum):
@@ -211,6 +225,45 @@ class Flags:
     ] = False
     kv_bits: Annotated[Bits | None, typer.Option("--kv-bits", help="Quantize the cache.")] = None
     kv_format: Annotated[Format | None, typer.Option("--kv-format", help="And how.  [default: auto]")] = None
+    evict: Annotated[
+        Policy | None, typer.Option("--evict", help="Drop entries of the cache, chosen by this method.")
+    ] = None
+    evict_keep: Annotated[
+        float | None, typer.Option("--evict-keep", metavar="F", help="Keep this fraction of a prompt's entries.")
+    ] = None
+    evict_budget: Annotated[
+        int | None, typer.Option("--evict-budget", min=1, metavar="N", help="Keep so many entries instead.")
+    ] = None
+    evict_window: Annotated[
+        int | None,
+        typer.Option("--evict-window", min=0, metavar="N", help="Latest tokens that stay.  [default: the method's]"),
+    ] = None
+    pyramid: Annotated[
+        str | None,
+        typer.Option(
+            "--pyramid",
+            metavar="F|SIZE",
+            help="Drop tokens of a prompt from layer to layer: its cache takes this fraction, or a size like 64MB.",
+        ),
+    ] = None
+    pyramid_length: Annotated[
+        int | None,
+        typer.Option(
+            "--pyramid-length", min=1, metavar="N", help="The prompt that --pyramid is solved for.  [default: 2048]"
+        ),
+    ] = None
+    pyramid_at: Annotated[
+        int | None,
+        typer.Option(
+            "--pyramid-at",
+            min=0,
+            metavar="LAYER",
+            help="Drop them all behind one layer, which passes on that fraction (FastKV).",
+        ),
+    ] = None
+    pyramid_thin: Annotated[bool, typer.Option("--pyramid-thin", help="Thin generated text too, as it grows old.")] = (
+        False
+    )
     page: Annotated[int | None, typer.Option("--page", min=1, metavar="N", help="Keep it in pages of N tokens.")] = None
 
     def build(self) -> Recipe:
@@ -250,6 +303,8 @@ PASS_FLAGS = {
     "share-layers": ("share_layers", "share_init", "share_align", "upward"),
     "slide-window": ("window", "sinks", "cache_positions"),
     "quantize-kv": ("kv_bits", "kv_format"),
+    "evict-kv": ("evict", "evict_keep", "evict_budget", "evict_window"),
+    "prune-pyramid": ("pyramid", "pyramid_length", "pyramid_at", "pyramid_thin"),
     "page-kv": ("page",),
 }
 """Passes in the order in which they compose: each with the flag that asks for it, then those that belong to it."""
@@ -260,6 +315,14 @@ KNOBS = {
     "share_align": "align",
     "kv_bits": "bits",
     "kv_format": "layout",
+    "evict": "policy",
+    "evict_keep": "keep",
+    "evict_budget": "budget",
+    "evict_window": "window",
+    "pyramid": "keep",
+    "pyramid_length": "length",
+    "pyramid_at": "at",
+    "pyramid_thin": "thin",
 }
 """What flags are called in a recipe, where that is not their own name."""
 
@@ -274,6 +337,10 @@ def _knob(flag: str, value: Any) -> dict[str, Any]:
         return {"positions": "cache"}
     if value is Format.fp8:
         return {"kind": "fp8"}
+    if flag == "pyramid":
+        return _fraction_or_bytes(_option(flag), value)
+    if flag == "pyramid_at":
+        return {"at": value, "schedule": "step"}
     if flag in ("kv_heads", "window", "sinks"):
         value = _counts(_option(flag), value)
     elif flag == "kv_bits":
@@ -293,6 +360,25 @@ def _counts(option: str, text: str) -> int | list[int]:
             fix="write 2, or 4,4,2,2 with one number per layer",
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _fraction_or_bytes(option: str, text: str) -> dict[str, Any]:
+    """0.45 as a fraction to keep, 64MB and 64MiB as bytes."""
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?([a-z]*)", text.strip().lower())
+    number, unit = (float(found[1]), found[2]) if found else (0.0, "")
+    if not unit and 0 < number <= 1:
+        return {"keep": number}
+    if unit in units and 1 <= number * units[unit] < math.inf:
+        return {"bytes": round(number * units[unit])}
+    raise RequestError(
+        f"{option} takes a fraction above 0 and not above 1, or bytes with a unit, not {text!r}",
+        where=option,
+        fix=f"write 0.45, or 64MB; units are {', '.join(UNITS)}",
+    )
 
 
 def _takes_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -355,9 +441,10 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
         for numbers, layer in _groups(found.layers):
             typer.echo(f"  {numbers}: {_layer_line(layer)}")
         per_token, kind = found.plan.bytes_per_token(), _dtypes(found.plan)
-        typer.echo(f"cache: {per_token:,} bytes per token in {kind}")
+        kept, at = (" that all layers keep", "for a prompt of") if found.plan.selective else ("", "at")
+        typer.echo(f"cache: {per_token:,} bytes per token{kept} in {kind}")
         if found.max_positions:
-            typer.echo(f"       {_size(found.plan.bytes(1, found.max_positions))} at {found.max_positions:,} tokens")
+            typer.echo(f"       {_size(found.plan.bytes(1, found.max_positions))} {at} {found.max_positions:,} tokens")
         for name, verdict in found.passes.items():
             typer.echo(f"{name}: " + ("applies" if verdict == "ok" else f"does not apply: {verdict}"))
 
@@ -387,12 +474,13 @@ def plan(
             after = step.plan(after)
             if found.passes.get(step.key(), "ok") != "ok":
                 raise PlanError(f"{step.describe()} does not apply: {found.passes[step.key()]}", where=model)
-        tokens = length or found.max_positions or 4096
+        steps = chosen.passes if isinstance(source, str) else (*source.recipe.passes, *chosen.passes)
+        tokens = length or _usual_length(after, steps, found.max_positions)
         per_token = (before.bytes_per_token(), after.bytes_per_token())
         whole = (before.bytes(batch, tokens), after.bytes(batch, tokens))
         unread = _unread_projections(before, after, hidden)
-        steps = chosen.passes if isinstance(source, str) else (*source.recipe.passes, *chosen.passes)
-        prompt = _repeated_layers(after, steps)
+        repeated = _repeated_layers(after, steps)
+        prompt = _prompt_figures(after, _cost(found, after, hidden), tokens)
         out.document = {
             "model": found.name,
             "family": found.family,
@@ -406,24 +494,120 @@ def plan(
             "stored": _stored(after),
             "parameters": found.parameters,
             "unread_projections": {"layers": unread[0], "parameters": unread[1]},
-            "prefill": prompt and prompt.to_dict(),
+            "prefill": repeated and repeated.to_dict(),
+            "prompt": prompt and prompt.to_dict(),
         }
         if as_json:
             return
         typer.echo(f"{found.name}: " + (", then ".join(p.describe() for p in chosen.passes) or "as it is"))
         _print_plan(after)
-        typer.echo(_change("cache", *per_token) + " bytes per token" + _factor(*per_token))
+        kept, of_prompt = (" that all layers keep", " of prompt") if after.selective else ("", "")
+        typer.echo(_change("cache", *per_token) + f" bytes per token{kept}" + _factor(*per_token))
         typer.echo(
-            f"       {_size(whole[0])} -> {_size(whole[1])} for {batch:,} x {tokens:,} tokens ({_stored(after)})"
-            + _factor(*whole)
+            f"       {_size(whole[0])} -> {_size(whole[1])} for {batch:,} x {tokens:,} tokens{of_prompt} "
+            f"({_stored(after)})" + _factor(*whole)
         )
         if unread[1]:
             typer.echo(
                 f"keys and values of {unread[0]} of {len(after)} layers are not computed: their W_K and W_V hold "
                 f"{unread[1]:,} parameters ({unread[1] / found.parameters:.1%} of the model)"
             )
+        if repeated is not None:
+            typer.echo(repeated.line())
         if prompt is not None:
-            typer.echo(prompt.line())
+            _print_prompt(prompt)
+
+
+def _usual_length(plan: CachePlan, steps: Sequence[Pass], max_positions: int | None) -> int:
+    """Tokens of the sequence that figures are given for: those that a schedule was solved for, or all that fit."""
+    if plan.selective:
+        from kvpass.passes.prune_pyramid import PrunePyramid
+
+        for step in reversed(steps):
+            if isinstance(step, PrunePyramid) and step.schedule == "solved":
+                return step.length
+    return max_positions or 4096
+
+
+def _cost(found: ModelSummary, after: CachePlan, hidden: int | None) -> PromptCost | None:
+    """What a prompt costs once the projections of keys and values that a plan leaves out are gone; None where it is not
+    known what they cost."""
+    per_token = []
+    for old, new, layer, cost in zip(found.plan, after, found.layers, found.cost.per_token, strict=True):
+        gone = old.kv_heads * old.owner - new.kv_heads * new.owner
+        if gone and (hidden is None or layer.layout == "unknown"):
+            return None
+        per_token.append(cost - 2 * gone * (old.key_dim + old.value_dim) * (hidden or 0))
+    return replace(found.cost, per_token=tuple(per_token))
+
+
+@dataclass(frozen=True)
+class PromptFigures:
+    """What becomes of a prompt under a plan that drops some of its tokens.
+
+    Attributes:
+        length: its tokens.
+        computed: per layer, tokens that it computes.
+        stored: per layer, tokens that its cache holds then; 0 where it reads another layer's.
+        layer_bytes: per layer, bytes of that.
+        whole: bytes of all layers if no token were dropped.
+        fraction: what part of these it takes.
+        flops: operations of prefill if no token were dropped, and with the plan; None where they are not known.
+    """
+
+    length: int
+    computed: list[int]
+    stored: list[int]
+    layer_bytes: list[int]
+    whole: int
+    fraction: float
+    flops: tuple[int, int] | None
+
+    def lines(self) -> list[str]:
+        """The sentences below the table."""
+        found = [
+            f"a prompt of {self.length:,} tokens takes {_size(sum(self.layer_bytes))} of cache: {self.fraction:.1%} of "
+            f"the {_size(self.whole)} that it takes where no token is dropped"
+        ]
+        if self.flops is not None:
+            before, after = self.flops
+            unit, name = next(((u, n) for u, n in ((1e12, "T"), (1e9, "G")) if before >= u), (1e6, "M"))
+            why = ", ranking tokens included" if after > before else ""
+            found.append(
+                f"prefill: {before / unit:,.1f} -> {after / unit:,.1f} {name}FLOPs per prompt of {self.length:,} "
+                f"tokens ({after / before:.2f}x{why})"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "length": self.length,
+            "computed": self.computed,
+            "stored": self.stored,
+            "bytes": sum(self.layer_bytes),
+            "fraction": self.fraction,
+            "flops": self.flops and dict(zip(("before", "after"), self.flops, strict=True)),
+        }
+
+
+def _prompt_figures(plan: CachePlan, cost: PromptCost | None, length: int) -> PromptFigures | None:
+    """The figures of a prompt; None where a plan keeps all tokens."""
+    if not plan.selective:
+        return None
+    from kvpass.ir.plan import CachePlan
+
+    whole = CachePlan(tuple(replace(layer, keeps=None, passes=None) for layer in plan))
+    kept = plan.kept(length)
+    return PromptFigures(
+        length=length,
+        computed=plan.reached(length),
+        stored=[kept.get(layer.layer, 0) for layer in plan],
+        layer_bytes=[plan.held_bytes({o: kept[o] for o in kept if o == layer.layer}, length) for layer in plan],
+        whole=whole.bytes(1, length),
+        fraction=plan.fraction(length),
+        flops=None if cost is None else (cost.total(whole, length), cost.total(plan, length)),
+    )
 
 
 def _unread_projections(before: CachePlan, after: CachePlan, hidden: int | None) -> tuple[int, int]:
@@ -543,6 +727,12 @@ def transform(
         _write(slim, output, save, overwrite)
         written = sum(f.stat().st_size for f in output.iterdir() if f.is_file())
         report = slim.report
+        prompt = None
+        if slim.plan.selective:
+            from kvpass.ir.cost import prompt_cost
+
+            tokens = _usual_length(slim.plan, slim.recipe.passes, slim.program.facts.max_positions)
+            prompt = _prompt_figures(slim.plan, prompt_cost(slim.program), tokens)
         out.document = {
             "model": model,
             "recipe": [{"name": p.key(), **p.options()} for p in chosen.passes],
@@ -552,12 +742,15 @@ def transform(
                 "before": report.passes[0].bytes_per_token_before if report.passes else slim.plan.bytes_per_token(),
                 "after": slim.plan.bytes_per_token(),
             },
+            "prompt": prompt and prompt.to_dict(),
             "output": {"path": str(output), "kind": save.value, "bytes": written},
             "seconds": time.perf_counter() - began,
         }
         if as_json:
             return
         _print_report(report)
+        if prompt is not None:
+            _print_prompt(prompt)
         kind = "Hugging Face checkpoint" if save is Save.hf else "kvpass program"
         typer.echo(f"saved {output} ({kind}, {_size(written)}, {time.perf_counter() - began:.1f} s)")
 
@@ -707,11 +900,24 @@ def generate(
             "new_tokens": new,
             "seconds": seconds,
             "tokens_per_second": new / seconds,
-            "cache_bytes": decoder.plan.bytes(1, int(tokens.shape[0])),
+            "cache_bytes": _cache_bytes(decoder.plan, int(ids.shape[1]), new),
             "seed": seed,
         }
         if not as_json and not stream:
             typer.echo(whole)
+
+
+def _cache_bytes(plan: CachePlan, prompt: int, new: int) -> int | None:
+    """Bytes of the cache behind a prompt and what was generated; None where it depends on the data what stays."""
+    if not plan.selective:
+        return plan.bytes(1, prompt + new)
+    held = {}
+    for owner, count in plan.kept(prompt).items():
+        keeps = plan[owner].keeps
+        if keeps is not None and keeps.then == "thin":
+            return None
+        held[owner] = min(count + new, keeps.capacity(prompt)) if keeps is not None and keeps.bounded else count + new
+    return plan.held_bytes(held, prompt)
 
 
 # ---------------------------------------------------------------------- eval
@@ -1187,12 +1393,9 @@ def _rows(plan: CachePlan) -> list[dict[str, Any]]:
 
 def _print_plan(plan: CachePlan) -> None:
     """The table of a plan; a column in which nothing is told is left out."""
-    from rich.table import Table
-
-    columns: dict[str, list[str]] = {}
+    rows: list[dict[str, str]] = []
     for row in _rows(plan):
         cells = {
-            "layers": _range(row["first"], row["last"]),
             "query heads": str(row["heads"]),
             "KV heads": str(row["kv_heads"]),
             "K x V": f"{row['key_dim']} x {row['value_dim']}",
@@ -1203,15 +1406,36 @@ def _print_plan(plan: CachePlan) -> None:
             "page": str(row["page"] or ""),
             "bytes per token": f"{row['bytes_per_token']:,}",
         }
-        for heading, cell in cells.items():
-            columns.setdefault(heading, []).append(cell)
-    quiet = {"keys and values": {"own"}, "positions": {"text"}, "page": {""}}
-    shown = {heading: cells for heading, cells in columns.items() if set(cells) != quiet.get(heading)}
+        rows += [cells] * (row["last"] - row["first"] + 1)
+    _print_layers(rows, quiet={"keys and values": "own", "positions": "text", "page": ""})
+
+
+def _print_prompt(prompt: PromptFigures) -> None:
+    """What each layer computes and stores of a prompt, and what that comes to."""
+    figures = zip(prompt.computed, prompt.stored, prompt.layer_bytes, strict=True)
+    headings = ("tokens computed", "tokens stored", "cache bytes per layer")
+    _print_layers([dict(zip(headings, (f"{n:,}" for n in row), strict=True)) for row in figures])
+    for line in prompt.lines():
+        typer.echo(line)
+
+
+def _print_layers(rows: Sequence[Mapping[str, str]], quiet: Mapping[str, str] | None = None) -> None:
+    """A table of layers, a line per run of equal ones; a column that says what is `quiet` alone is left out."""
+    from rich.table import Table
+
+    shown = [h for h in rows[0] if {row[h] for row in rows} != {(quiet or {}).get(h)}]
     table = Table(box=_box())
+    table.add_column("layers")
     for heading in shown:
-        table.add_column(heading, justify="left" if heading == "layers" else "right")
-    for line in zip(*shown.values(), strict=True):
-        table.add_row(*line)
+        table.add_column(heading, justify="right")
+    runs: list[list[int]] = []
+    for layer, row in enumerate(rows):
+        if runs and rows[runs[-1][0]] == row:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    for first, last in runs:
+        table.add_row(_range(first, last), *(rows[first][h] for h in shown))
     _console().print(table)
 
 

@@ -81,7 +81,11 @@ class EvictKV(Pass):
         rules = self._rules(len(plan), where)
         for layer in plan.owners():
             if plan[layer].keeps is not None:
-                raise PlanError(f"what layer {layer} keeps is ruled already", where=where, fix="evict once")
+                raise PlanError(
+                    f"layer {layer} drops entries of its cache already ({plan[layer].keeps})",
+                    where=where,
+                    fix="evict once",
+                )
             plan = plan.with_layer(layer, keeps=rules[layer].check(where))
         return plan.checked(where)
 
@@ -92,7 +96,10 @@ class EvictKV(Pass):
         if self.policy not in POLICIES:
             raise PlanError(f"there is no policy {self.policy!r}", where=where, fix=f"choose from {sorted(POLICIES)}")
         if (self.keep is None) == (self.budget is None):
-            raise PlanError("say how much is to stay: keep=0.5, or budget=256", where=where, fix="give one of the two")
+            both = "not both a fraction and a number of entries" if self.keep is not None else "a fraction or a number"
+            raise PlanError(
+                f"say how much is to stay: {both}", where=where, fix="give keep=0.5, or budget=256 for 256 entries"
+            )
         if self.keep is not None and not 0 < self.keep <= 1:
             raise PlanError(f"keep must lie above 0 and not above 1, and is {self.keep}", where=where)
         if self.budget is not None and self.budget < 1:

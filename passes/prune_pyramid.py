@@ -7,7 +7,7 @@ latest tokens, the first ones, and every number where nothing is dropped. What i
 said to the layers above, and its logits. Without a cache (`forward`) there is no prompt, and nothing is dropped.
 
 How many survive depends on the prompt's length alone. `keep` asks for a fraction of the cache's bytes, and the schedule
-is solved for it: of a context, layer l gets the fraction ((1 + cos(pi * l / L)) / 2) ** a. `schedule="pyramidinfer"` is
+is solved for it: of a context, layer l of L gets the fraction (1 - l / L) ** a. `schedule="pyramidinfer"` is
 the published rule with its own parameters, `schedule="step"` FastKV's (Jo et al. 2025, arXiv 2502.01068): one layer
 from which only a fraction goes on.
 """
@@ -142,10 +142,12 @@ class PrunePyramid(Pass):
             found.append(cache.layer < lowest and cache.layer < len(plan) - 1)
             lowest = min(lowest, cache.layer if cache.kv_source is None else cache.kv_source)
         if not any(found):
+            shared = len(plan) > 1
             raise PlanError(
-                "there is no layer behind which tokens could leave: the layers above read keys and values from below",
+                "there is no layer behind which tokens could leave: "
+                + ("the layers above read keys and values from below" if shared else "the model has one layer"),
                 where=where,
-                fix="share layers in shorter runs",
+                fix="share layers in shorter runs" if shared else "drop entries of the cache instead (EvictKV)",
             )
         return found[::-1]
 
@@ -165,12 +167,16 @@ class PrunePyramid(Pass):
             raise PlanError(f"bytes must be positive, and are {self.bytes}", where=where)
         if self.schedule == "step":
             if self.keep is None:
-                raise PlanError("a step keeps a fraction of the tokens", where=where, fix="give keep=")
+                raise PlanError(
+                    "a step lets a fraction of the tokens go on, not a number of bytes",
+                    where=where,
+                    fix="give keep=0.2",
+                )
             if self.at is None or not 0 <= self.at < layers - 1:
                 raise PlanError(
                     f"tokens cannot leave behind layer {self.at} of {layers}",
                     where=where,
-                    fix="give at=, below the last",
+                    fix=f"give a layer from 0 to {layers - 2}",
                 )
         if not 0 <= self.recent_ratio < 1:
             raise PlanError(f"recent_ratio must be at least 0 and below 1, and is {self.recent_ratio}", where=where)
@@ -202,7 +208,11 @@ class PrunePyramid(Pass):
             if self.thin and plan[layer].owner:
                 held = plan[layer].keeps
                 if held is not None:
-                    raise PlanError(f"what layer {layer} keeps is ruled already", where=self.describe())
+                    raise PlanError(
+                        f"layer {layer} drops entries of its cache already ({held})",
+                        where=self.describe(),
+                        fix="thin generated text, or evict entries, not both",
+                    )
                 stays = self._cosine(self.thin_decay, layer, len(plan))
                 count = max(1, int(BLOCK * self.thin_keep * float(stays)))
                 plan = plan.with_layer(layer, keeps=replace(rule, of="prompt", then="thin", thinned=count, floor=0))
@@ -248,9 +258,9 @@ class PrunePyramid(Pass):
         return self._shape(free, best)
 
     def _shape(self, free: list[bool], power: float) -> list[Fraction]:
-        """Ratios between layers whose products are ((1 + cos(pi * l / L)) / 2) ** power, at the layers that prune."""
+        """Ratios between layers whose products are (1 - l / L) ** power, at the layers that prune."""
         layers = len(free)
-        reach = [max(1e-9, ((1 + math.cos(math.pi * layer / layers)) / 2) ** power) for layer in range(layers + 1)]
+        reach = [max(1e-9, (1 - layer / layers) ** power) for layer in range(layers + 1)]
         ratios, carried = [], 1.0
         for layer in range(layers):
             if layer % self.interval or not free[layer]:

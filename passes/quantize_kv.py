@@ -49,7 +49,11 @@ class QuantizeKV(Pass):
         layout = self.layout
         if layout == "auto":
             plain = not any(c.page or plan.layout(owner).window for owner in plan.owners() for c in [plan[owner]])
-            layout = "kivi" if self.kind == "int" and self.bits < 8 and plain and not plan.upward else "token"
+            layout = (
+                "kivi"
+                if self.kind == "int" and self.bits < 8 and plain and not plan.upward and not plan.selective
+                else "token"
+            )
         if layout == "kivi":
             return KVFormat(self.kind, self.bits, "kivi", self.group, self.residual)
         return KVFormat(self.kind, self.bits)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,9 +21,24 @@ from typer.testing import CliRunner, Result
 import kvpass
 from families import VOCAB, build
 from kvpass import api, cli
-from kvpass.passes import GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow, group_heads, head_merge
+from kvpass.ir.cost import prompt_cost
+from kvpass.ir.plan import CachePlan
+from kvpass.ir.sites import Refusal, SiteFinder
+from kvpass.passes import (
+    EvictKV,
+    GroupHeads,
+    PageKV,
+    PrunePyramid,
+    QuantizeKV,
+    ShareLayers,
+    SlideWindow,
+    evict_kv,
+    group_heads,
+    head_merge,
+)
 from kvpass.recipe import PASSES
 
+SELECTIVE = ("evict-kv", "prune-pyramid")  # which neither windows nor pages go with
 PLAIN = "It was the best of times, it was the worst of times. " * 40
 
 
@@ -59,6 +74,20 @@ def slim(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(out)
 
 
+@pytest.fixture(scope="module")
+def pyramid(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny Llama that drops tokens behind its first layer, as a kvpass folder."""
+    out = tmp_path_factory.mktemp("out") / "pyramid"
+    done = run("transform", model, "--pyramid", "0.6", "--save", "kvpass", "-o", str(out))
+    assert done.exit_code == 0, done.output
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[-3].startswith("a prompt of 2,048 tokens takes 1.3 MB of cache: 60.0% of the 2.1 MB")
+    assert lines[-2].startswith("prefill: ")
+    assert "layers tokens computed tokens stored cache bytes per layer" in lines
+    assert f"0 2,048 2,048 {2048 * (512 + 4):,}" in lines
+    return str(out)
+
+
 def run(*words: str) -> Result:
     return CliRunner().invoke(cli.app, list(words))
 
@@ -88,7 +117,33 @@ def test_inspect_groups_equal_layers(model: str) -> None:
     assert "1,024 bytes per token in float32" in done.stdout
     assert "group-heads: applies" in done.stdout
     found = document("inspect", model)
-    assert (found["family"], len(found["layers"]), found["passes"]) == ("llama", 2, {"group-heads": "ok"})
+    assert (found["family"], len(found["layers"])) == ("llama", 2)
+    assert found["passes"] == {"group-heads": "ok", "evict-kv": "ok", "prune-pyramid": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("mistral", "layer 0 keeps a window"), ("llama4_text", "the mask of layer 0 is kept as a table")],
+)
+def test_inspect_says_where_tokens_cannot_be_dropped(family: str, reason: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path)
+    found = document("inspect", str(tmp_path))["passes"]
+    assert found["evict-kv"].startswith(reason)
+    assert found["prune-pyramid"].startswith(reason)
+    assert f"evict-kv: does not apply: {reason}" in run("inspect", str(tmp_path)).stdout
+
+
+def test_inspect_asks_what_crosses_one_layer(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refusing(finder: SiteFinder, layer: int) -> None:
+        asked.append(layer)
+        raise Refusal("by design")
+
+    monkeypatch.setattr(SiteFinder, "crossing", refusing)
+    found = document("inspect", model)["passes"]
+    assert (found["evict-kv"], found["prune-pyramid"], asked) == ("ok", "by design", [0])
+    assert "PrunePyramid(keep=0.6) does not apply: by design" in refusal("plan", model, "--pyramid", "0.6")
 
 
 def test_plan_counts_the_bytes_of_a_batch(model: str) -> None:
@@ -125,8 +180,98 @@ def test_passes_compose_in_one_order_whatever_the_flags_say(model: str) -> None:
         "--window 16": "SlideWindow(window=16)",
         "--kv-bits 4 --kv-format kivi": "QuantizeKV(bits=4, layout='kivi')",
         "--page 16": "PageKV()",
+        "--evict h2o --evict-keep 0.5": "EvictKV(policy='h2o', keep=0.5)",
+        "--evict tova --evict-budget 64 --evict-window 8": "EvictKV(policy='tova', budget=64, window=8)",
+        "--pyramid 0.6 --pyramid-length 512": "PrunePyramid(keep=0.6, length=512)",
+        "--pyramid 0.6 --pyramid-at 0": "PrunePyramid(keep=0.6, schedule='step', at=0)",
+        "--pyramid 0.6 --pyramid-thin": "PrunePyramid(keep=0.6, thin=True)",
+        "--pyramid 1.5MB": "PrunePyramid(bytes=1500000)",
+        "--pyramid 1.5MiB": "PrunePyramid(bytes=1572864)",
+        "--pyramid 1500kb": "PrunePyramid(bytes=1500000)",
+        "--pyramid 1GB": "PrunePyramid(bytes=1000000000)",
     }.items():
         assert run("plan", model, *words.split()).stdout.startswith(f"tiny: {step}\n")
+
+
+def test_tokens_are_dropped_last_so_that_bytes_count_all(model: str) -> None:
+    words = "--pyramid 200kB --evict-keep 0.75 --evict snapkv --kv-bits 8 --share-layers 0_1 --kv-heads 4"
+    found = document("plan", model, *words.split())
+    order = ["group-heads", "share-layers", "quantize-kv", "evict-kv", "prune-pyramid"]
+    assert [step["name"] for step in found["recipe"]] == order
+    assert found["prompt"]["bytes"] == pytest.approx(200_000, rel=2e-3)
+
+
+def unselective(plan: CachePlan) -> CachePlan:
+    return CachePlan(tuple(replace(layer, keeps=None, passes=None) for layer in plan))
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "length"),
+    [
+        ("--pyramid 0.6", [PrunePyramid(0.6)], 2048),
+        ("--pyramid 0.6 --length 300", [PrunePyramid(0.6)], 300),
+        ("--pyramid 0.6 --pyramid-length 1024", [PrunePyramid(0.6, length=1024)], 1024),
+        ("--pyramid 0.6 --pyramid-at 0", [PrunePyramid(0.6, schedule="step", at=0)], 128),
+        ("--evict h2o --evict-keep 0.5", [EvictKV("h2o", 0.5)], 128),
+        ("--kv-heads 4 --evict snapkv --evict-budget 50", [GroupHeads(4), EvictKV(budget=50)], 128),
+        ("--share-layers 0_0 --evict snapkv --evict-budget 50", [ShareLayers("0_0"), EvictKV(budget=50)], 128),
+    ],
+)
+def test_plan_counts_what_is_computed_and_stored_of_a_prompt(
+    words: str, steps: list[Any], length: int, model: str
+) -> None:
+    found = document("plan", model, *words.split(), "--batch", "2")
+    plan = kvpass.plan(model, steps)
+    slim = kvpass.transform(model, steps, verify="off", progress=False)
+    cost = prompt_cost(slim.program)
+    assert plan == slim.plan
+    assert found["length"] == length
+    assert found["prompt"] == {
+        "length": length,
+        "computed": plan.reached(length),
+        "stored": [plan.kept(length).get(layer, 0) for layer in range(2)],
+        "bytes": plan.bytes(1, length),
+        "fraction": plan.fraction(length),
+        "flops": {"before": cost.total(unselective(plan), length), "after": cost.total(plan, length)},
+    }
+    assert found["bytes"]["after"] == 2 * plan.bytes(1, length)
+    assert found["bytes_per_token"]["after"] == plan.bytes_per_token()
+
+
+def test_plan_shows_what_becomes_of_a_prompt(model: str) -> None:
+    done = run("plan", model, "--pyramid", "0.6")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    plan = kvpass.plan(model, PrunePyramid(0.6))
+    above, stored = plan.reached(2048)[1], plan.held_bytes({1: plan.kept(2048)[1]}, 2048)
+    flops = document("plan", model, "--pyramid", "0.6")["prompt"]["flops"]
+    ratio = flops["after"] / flops["before"]
+    assert "0-1 8 8 8 x 8 all float32 512" in lines
+    assert "cache: 1,024 bytes per token that all layers keep" in lines
+    assert "2.1 MB -> 1.3 MB for 1 x 2,048 tokens of prompt (float32), 1.7x smaller" in lines
+    assert lines[-5:-3] == [f"0 2,048 2,048 {2048 * 516:,}", f"1 {above:,} {above:,} {stored:,}"]
+    assert lines[-2].endswith("1.3 MB of cache: 60.0% of the 2.1 MB that it takes where no token is dropped")
+    said = f"{flops['before'] / 1e9:.1f} -> {flops['after'] / 1e9:.1f} GFLOPs per prompt of 2,048 tokens ({ratio:.2f}x)"
+    assert lines[-1] == f"prefill: {said}"
+    assert ratio < 0.7
+    ranked = run("plan", model, "--evict", "h2o", "--evict-keep", "0.5").stdout
+    assert "MFLOPs per prompt of 128 tokens (1." in ranked
+    assert ranked.endswith("x, ranking tokens included)\n")
+    assert document("plan", model)["prompt"] is None
+    assert document("plan", model, "--pyramid", "1")["prompt"] is None
+    assert "prompt" not in run("plan", model, "--kv-heads", "2").stdout
+
+
+def test_figures_of_a_prompt_are_left_out_where_projections_are_not_known(model: str) -> None:
+    found = api.inspect(model)
+    grouped = kvpass.plan(model, [GroupHeads(2), EvictKV(keep=0.5)])
+    assert cli._cost(found, grouped, None) is None
+    unknown = replace(found, layers=tuple(replace(layer, layout="unknown") for layer in found.layers))
+    assert cli._cost(unknown, grouped, 64) is None
+    assert cli._cost(unknown, kvpass.plan(model, EvictKV(keep=0.5)), None) == found.cost
+    figures = cli._prompt_figures(grouped, None, 100)
+    assert figures is not None
+    assert figures.to_dict()["flops"] is None
+    assert len(figures.lines()) == 1
 
 
 def test_plan_shows_who_reads_whom_and_what_it_costs(model: str) -> None:
@@ -154,7 +299,7 @@ def test_every_pass_is_saved_planned_and_run(model: str, tmp_path: Path) -> None
     out = str(tmp_path / "out")
     words = "--kv-heads 4 --share-layers 0_0 --share-init mean --window 24 --kv-bits 8 --page 4 --verify off"
     found = document("transform", model, *words.split(), "-o", out)
-    assert [step["name"] for step in found["recipe"]] == list(cli.PASS_FLAGS)
+    assert [step["name"] for step in found["recipe"]] == [n for n in cli.PASS_FLAGS if n not in SELECTIVE]
     assert found["layers"] == document("plan", out)["layers"]
     assert document("verify", out)["passed"]
     found = document("plan", out, "--length", "1000")
@@ -210,6 +355,42 @@ def test_eval_puts_models_side_by_side(model: str, slim: str, text: str) -> None
     assert list(document("eval", slim, slim, *sizes[:-1])["continuation"]) == [slim, f"{slim} (2)"]
 
 
+def test_a_pyramid_is_planned_verified_run_and_scored(model: str, pyramid: str, text: str) -> None:
+    plan = kvpass.load(pyramid).plan
+    found = document("plan", pyramid)
+    assert (found["length"], found["prompt"]["fraction"]) == (2048, plan.fraction(2048))
+    assert found["prompt"] == document("plan", model, "--pyramid", "0.6")["prompt"]
+    assert document("verify", pyramid)["passed"]
+    said = run("inspect", pyramid).stdout
+    assert "1,024 bytes per token that all layers keep in float32\n" in said
+    assert "kB for a prompt of 128 tokens\n" in said
+    words = ("generate", pyramid, "--prompt", PLAIN[:100], "--max-new-tokens", "4")
+    grown = plan.held_bytes({owner: count + 4 for owner, count in plan.kept(100).items()}, 100)
+    assert document(*words)["cache_bytes"] == grown < plan.bytes(1, 104) + 4 * 1024
+    sizes = ("--text", text, "--context", "100", "--continuation", "8", "--windows", "4")
+    scores = document("eval", model, pyramid, *sizes)["continuation"]
+    assert scores["tiny"]["kl"] == 0 < scores["pyramid"]["kl"]
+    assert scores["pyramid"]["used_bytes_per_token"] == pytest.approx(plan.bytes(1, 100) / 100)
+
+
+def test_eviction_is_saved_run_and_scored(model: str, text: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "half")
+    done = document("transform", model, "--evict", "h2o", "--evict-keep", "0.5", "-o", out)
+    plan = kvpass.load(out).plan
+    assert done["prompt"] == document("plan", model, "--evict", "h2o", "--evict-keep", "0.5")["prompt"]
+    assert done["prompt"]["stored"] == [64, 64]
+    found = document("generate", out, "--prompt", PLAIN[:60], "--max-new-tokens", "6")
+    assert found["cache_bytes"] == plan.held_bytes({0: 30, 1: 30}, 60)
+    scores = document("eval", model, out, "--text", text, "--context", "80", "--continuation", "8", "--windows", "2")
+    assert scores["continuation"]["half"]["used_bytes_per_token"] == pytest.approx(plan.bytes(1, 80) / 80)
+
+
+def test_thinned_text_has_no_bytes_of_its_own(model: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "thin")
+    document("transform", model, "--pyramid", "0.7", "--pyramid-thin", "-o", out)
+    assert document("generate", out, "--prompt", "It was", "--max-new-tokens", "20")["cache_bytes"] is None
+
+
 def test_eval_scans_pairs_of_layers(model: str, text: str) -> None:
     words = ("eval", model, "--text", text, "--scan-sharing", "--context", "40", "--continuation", "8", "--windows")
     found = document(*words, "3", "--upward", "--max-distance", "1")
@@ -228,6 +409,7 @@ def test_the_choices_are_those_of_the_pass() -> None:
     assert [m.value for m in cli.Method] == list(get_args(head_merge.Method))
     assert [r.value for r in cli.Refit] == list(get_args(group_heads.Refit))
     assert [i.value for i in cli.Init] == list(get_args(get_type_hints(ShareLayers)["init"]))
+    assert [p.value for p in cli.Policy] == list(get_args(evict_kv.Policy))
     stored = get_type_hints(QuantizeKV)
     assert [f.value for f in cli.Format] == [*get_args(stored["layout"]), get_args(stored["kind"])[1]]
 
@@ -250,6 +432,26 @@ def test_layer_numbers_are_short(numbers: list[int], words: str) -> None:
 # ---------------------------------------------------------------------- refusals
 
 
+BAD_SIZES = (
+    "half",
+    "",
+    "64",
+    "0",
+    "-0.5",
+    "1.01",
+    "nan",
+    "45%",
+    "64MX",
+    "64iB",
+    "MB",
+    "0MB",
+    "-1MB",
+    "1e3kB",
+    "4 5kB",
+    "9" * 400 + "MB",
+)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -270,6 +472,20 @@ def test_layer_numbers_are_short(numbers: list[int], words: str) -> None:
         (["--share-layers", "1_1"], "upward=True"),
         (["--share-layers", "1_1", "--upward", "--window", "8"], "a ring cannot be written again"),
         (["--kv-bits", "4", "--kv-format", "fp8"], "has bits 8, not 4"),
+        (["--recipe", "{recipe}", "--evict", "h2o"], "--recipe and --evict exclude each other"),
+        (["--evict-keep", "0.5"], "--evict-keep belongs to --evict"),
+        (["--evict-window", "0"], "--evict-window belongs to --evict"),
+        (["--pyramid-at", "0"], "--pyramid-at belongs to --pyramid"),
+        (["--evict", "h2o", "--pyramid-thin"], "--pyramid-thin belongs to --pyramid"),
+        (["--evict", "h2o"], "how much is to stay"),
+        (["--evict", "h2o", "--evict-keep", "0.5", "--evict-budget", "9"], "how much is to stay"),
+        (["--evict", "tova", "--evict-keep", "1.5"], "not above 1"),
+        (["--evict", "snapkv", "--evict-budget", "20"], "leaves nothing to choose"),
+        (["--evict", "h2o", "--evict-keep", "0.5", "--window", "16"], "keeps a window"),
+        (["--pyramid", "0.6", "--page", "16"], "pages are handed out for all layers alike"),
+        (["--pyramid", "0.2"], "at least"),
+        (["--pyramid", "0.6", "--pyramid-at", "1"], "behind layer 1 of 2"),
+        *((["--pyramid", bad], f"or bytes with a unit, not {bad!r}") for bad in BAD_SIZES),
         (["--kv-heads", "3"], "choose from [1, 2, 4, 8]"),
         (["--kv-heads", "4,4,2"], "the model has 2"),
         (["--recipe", "{bad}"], "no key 'bogus'"),
@@ -293,6 +509,9 @@ def test_plan_refuses_a_wrong_recipe(options: list[str], message: str, model: st
         (["--kv-heads", "4,2", "--save", "hf"], "different numbers of KV heads"),
         (["--share-layers", "0_0", "--save", "hf"], "cannot say what ShareLayers(kv_source='0_0') does"),
         (["--kv-heads", "2", "--kv-bits", "8", "--save", "hf"], "cannot say what QuantizeKV() does"),
+        (["--pyramid", "0.6", "--save", "hf"], "cannot say what PrunePyramid(keep=0.6) does"),
+        (["--evict", "h2o", "--save", "hf"], "how much is to stay"),
+        (["--pyramid", "lots"], "a fraction above 0 and not above 1"),
         (["--kv-heads", "2", "-o", "{folder}/full"], "give --overwrite"),
         (["--kv-heads", "2", "-o", "{folder}/full", "--overwrite"], "does not hold a model"),
         (["--kv-heads", "2", "-o", "{folder}/empty.txt/out"], "inside a file"),

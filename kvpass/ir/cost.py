@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from kvpass.ir.execute import ancestors
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program, Role, aten, output_node
 from kvpass.ir.sites import Refusal, SiteFinder
@@ -59,39 +60,35 @@ class PromptCost:
 
 
 def prompt_cost(program: Program) -> PromptCost:
-    """Count a program's products."""
+    """Count a program's products. Products of experts that run grouped are counted neither here nor by torch."""
     finder = SiteFinder(program)
-    small = finder.scaled[0]
-    depth: dict[fx.Node, int] = {}
+    small, result = finder.scaled[0], output_node(finder.graph)
     costs: dict[fx.Node, int] = {}
     for node in finder.graph.nodes:
-        depth[node] = max((depth[n] for n in node.all_input_nodes), default=0)
-        if node in finder.nodes:
-            depth[node] = finder.nodes.index(node) + 1
         if node.target in _PRODUCTS and finder.roles[node] == Role.DATA:
             left: Any = node.args[_PRODUCTS[node.target]]
             value: Tensor = small[node]
             costs[node] = 2 * int(value.numel()) * int(small[left].shape[-1]) // 10  # of 2 x 5 tokens
-    owner: dict[fx.Node, int] = {}
-    for layer, site in enumerate(finder.nodes):  # what leads to attention belongs to its layer, not to the one below
-        stack = [a for a in site.args[:3] if isinstance(a, fx.Node)]
-        seen: set[fx.Node] = set()
-        while stack:
-            node = stack.pop()
-            if node in seen or finder.roles[node] != Role.DATA:
-                continue
-            seen.add(node)
-            if node in costs:  # sites come in order, so a shared projection belongs to the first that reads it
-                owner.setdefault(node, layer)
-                continue
-            stack.extend(node.all_input_nodes)
+    layers = dict.fromkeys(costs, len(finder) - 1)
+    for site in reversed(list(finder)):  # what leads up to an attention and nowhere else belongs to its layer
+        above, around = ancestors([site.node]), ancestors([result], [site.node])
+        for node in above & costs.keys():
+            layers[node] = site.layer - 1 if node in around else site.layer
+    for site in finder:  # and so do the projections of keys and values that layers above read too
+        for node in _nearest([site.k, site.v], costs) if site.kv_source == site.layer else ():
+            layers[node] = site.layer
     try:
-        head = finder.root(output_node(finder.graph)).node
+        head = finder.root(result).node
     except Refusal:
         head = None
     per_token = [0] * len(finder)
     for node, cost in costs.items():
-        if node is head:
-            continue
-        per_token[owner.get(node, max(0, depth[node] - 1))] += cost
+        if node is not head:
+            per_token[max(0, layers[node])] += cost
     return PromptCost(tuple(per_token), costs.get(head, 0) if head is not None else 0)
+
+
+def _nearest(starts: list[fx.Node], costs: dict[fx.Node, int]) -> set[fx.Node]:
+    """The products that nodes are made from without another product between."""
+    stop = set(costs)
+    return {node for node in ancestors(starts, stop) if node in stop}

@@ -144,8 +144,8 @@ class CachePlan:
         for cache in self.layers:
             if cache.positions:
                 raise PlanError(
-                    f"the mask of layer {cache.layer} is a table ({cache.positions}), and kvpass cannot show what it "
-                    "hides from tokens that have left their place",
+                    f"the mask of layer {cache.layer} is kept as a table, and kvpass cannot show what it hides from "
+                    "tokens that have left their place",
                     where=where,
                     fix="no tokens can be dropped by rank from this model; a window or quantization may serve instead",
                 )
@@ -158,9 +158,10 @@ class CachePlan:
                 )
             if cache.page:
                 raise PlanError(
-                    "pages are handed out for all layers alike, and layers would hold different numbers of tokens",
+                    "pages are handed out for all layers alike, and where tokens are dropped by rank, layers hold "
+                    "different numbers of them",
                     where=where,
-                    fix="leave out PageKV",
+                    fix="leave out PageKV, or the pass that drops tokens",
                 )
             if cache.window:
                 raise PlanError(

@@ -35,7 +35,7 @@ def counted(slim, tokens):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3", "gptj", "falcon"])
 def test_a_whole_prompt_costs_what_is_counted(family):
     slim = kvpass.transform(families.build(family), progress=False, verify="off")
     tokens = torch.randint(3, 90, (1, PROMPT))
@@ -66,3 +66,12 @@ def test_eviction_saves_no_work_on_the_prompt_and_sharing_saves_projections():
         said = prompt_cost(slim.program).total(slim.plan, PROMPT)
         assert said == pytest.approx(counted(slim, tokens), rel=0.02)
         assert (said > whole) == (slim is evicted)
+
+
+@pytest.mark.parametrize("family", ["gptj", "phi", "cohere", "gpt_neox_sequential"])
+def test_parallel_and_sequential_layers_are_cut_where_they_end(family):
+    dense = kvpass.transform(families.build(family), progress=False, verify="off")
+    step = PrunePyramid(schedule="step", at=0, keep=0.2, max_recent=8, min_context=8)
+    slim = kvpass.transform(dense, [step], progress=False, verify="off")
+    tokens = torch.randint(3, 90, (1, PROMPT))
+    assert prompt_cost(slim.program).total(slim.plan, PROMPT) == pytest.approx(counted(slim, tokens), rel=0.02)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AttentionInterface
-from written_out import captured
 
 import families
 import kvpass
@@ -15,6 +14,7 @@ from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.passes import GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow
 from properties import error
 from properties import forward as whole
+from written_out import captured
 
 EXACT = 1e-6  # norms and angles are float32 in any dtype; a code that is off by one shows as 1e-3
 RULE = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from written_out import EXACT, captured, ids, reference
 
 import decoders
 import families
@@ -19,6 +18,7 @@ from kvpass.ir.program import ATTENTION, placeholder
 from kvpass.passes import PageKV, QuantizeKV, ShareLayers, SlideWindow
 from properties import error, stateless
 from properties import forward as whole
+from written_out import EXACT, captured, ids, reference
 
 
 def mixed(q, keys, values, scale, softcap):
