@@ -913,10 +913,10 @@ def _cache_bytes(plan: CachePlan, prompt: int, new: int) -> int | None:
         return plan.bytes(1, prompt + new)
     held = {}
     for owner, count in plan.kept(prompt).items():
-        keeps = plan[owner].keeps
-        if keeps is not None and keeps.then == "thin":
+        keeps = plan.rule(owner)
+        if keeps.then == "thin":
             return None
-        held[owner] = min(count + new, keeps.capacity(prompt)) if keeps is not None and keeps.bounded else count + new
+        held[owner] = min(count + new, keeps.capacity(prompt)) if keeps.bounded else count + new
     return plan.held_bytes(held, prompt)
 
 

@@ -15,7 +15,8 @@ differ in whose attention counts, in what is never dropped, and in whether gener
 - `random`: the control.
 
 Where query heads share a KV head, its rank is their mean. What is kept: the weights, every entry's position, what
-prefill computes. What is lost: what the dropped entries would have said to the text that follows.
+prefill computes, and layers that have a window, which are bounded as they are. What is lost: what the dropped entries
+would have said to the text that follows.
 """
 
 from __future__ import annotations
@@ -79,7 +80,12 @@ class EvictKV(Pass):
     def plan(self, plan: CachePlan) -> CachePlan:
         where = self.describe()
         rules = self._rules(len(plan), where)
-        for layer in plan.owners():
+        open_ = [layer for layer in plan.owners() if not plan[layer].window]
+        if not open_:
+            raise PlanError(
+                "every layer keeps a window only", where=where, fix="make the windows smaller (SlideWindow)"
+            )
+        for layer in open_:
             if plan[layer].keeps is not None:
                 raise PlanError(
                     f"layer {layer} drops entries of its cache already ({plan[layer].keeps})",
@@ -148,7 +154,7 @@ class EvictKV(Pass):
                 site.node.kwargs = {**site.node.kwargs, "keeps": str(rule)}
             share = rule.budget or float(rule.share) if rule is not None else 0
             details.append({"layer": site.layer, "keeps": share, "by": rule.by if rule is not None else ""})
-        return Rewritten(len(plan.owners()), len(sites), details)
+        return Rewritten(sum(c.keeps is not None for c in plan), len(sites), details)
 
 
 def _falling(first: Fraction, last: Fraction, count: int) -> list[Fraction]:

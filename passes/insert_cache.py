@@ -39,7 +39,6 @@ from kvpass.ir.program import (
     roles,
     sweep,
 )
-from kvpass.ir.retention import Retention
 from kvpass.ir.selection import EXTRAS
 from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
 
@@ -315,23 +314,22 @@ def _attend_prompt(
         copied.args = (*[*copied.args, *[None] * 4][:7], level.marked, level.marked)
     if site.kv_source != layer:
         return
-    rule = entry.plan[layer].keeps
+    rule = entry.plan.rule(layer)
     cache = caches[layer]
     k, v = entry.mapping[site.k], entry.mapping[site.v]
     index = ranks = None
-    if rule is not None and (rule.prunes or rule.then == "replace"):
+    if rule.prunes or rule.then == "replace":
         ranks = _ranks(entry, site, level, whole, str(rule), copied)
-    if rule is not None and rule.prunes:
+    if rule.prunes:
         width, counts = entry.input(f"keep_width_{layer}"), entry.input(f"keep_{layer}")
         options = {"width": width, "rule": str(rule)}
         index = insert_call(entry.graph, copied, SURVIVORS, ranks, level.lengths, counts, whole.lengths, **options)
-    then = "append" if rule is None else rule.then
-    split = len(cache) - len(EXTRAS[then])
-    held = cache[: split + 1] if then == "replace" else cache[:split]
-    kept_ranks = ranks if then == "replace" else None
+    split = len(cache) - len(EXTRAS[rule.then])
+    held = cache[: split + 1] if rule.then == "replace" else cache[:split]
+    kept_ranks = ranks if rule.then == "replace" else None
     layout = str(entry.plan.layout(layer))
     insert_call(entry.graph, copied, KEEP, k, v, held, level.lengths, level.positions, index, kept_ranks, layout=layout)
-    if then == "thin":
+    if rule.then == "thin":
         options = {name: site.option(name) for name in ("scale", "softcap", "kv_format")}
         sink_logits = _learned(site)[0]
         learned = None if sink_logits is None else entry.mapping[sink_logits]
@@ -360,7 +358,7 @@ def _attend_kept(
         copied.args = (q, k, v, held, fills, None, sink_logits)
         copied.kwargs = {**options, "end": end, "ragged": entry.shared_input(f"ragged_{owner}")}
         return
-    rule = entry.plan[owner].keeps or Retention()
+    rule = entry.plan.rule(owner)
     budgets, recents = entry.shared_input(f"budget_{owner}"), entry.shared_input(f"recent_{owner}")
     copied.target = ATTEND_KEPT
     copied.args = (q, k, v, cache, starts, fills, budgets, recents, sink_logits, alibi_slopes)
@@ -369,8 +367,7 @@ def _attend_kept(
 
 def grows_plainly(plan: CachePlan, owner: int) -> bool:
     """Whether a store takes each token in its next slot, and nothing is dropped after the prompt."""
-    keeps = plan[owner].keeps
-    return keeps is None or keeps.then == "append"
+    return plan.rule(owner).then == "append"
 
 
 def store_names(plan: CachePlan, owner: int) -> list[str]:
@@ -379,7 +376,7 @@ def store_names(plan: CachePlan, owner: int) -> list[str]:
     names = [spec.name for spec in layout.specs(cache.key_dim, cache.value_dim, cache.dtype, layout.format.group or 1)]
     names += ["table"] if layout.page else []
     if plan.selective:
-        names += ["positions", *EXTRAS["append" if cache.keeps is None else cache.keeps.then]]
+        names += ["positions", *EXTRAS[plan.rule(owner).then]]
     return [f"cache_{owner}_{name}" for name in names]
 
 

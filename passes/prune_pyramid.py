@@ -114,13 +114,15 @@ class PrunePyramid(Pass):
         self._check(len(plan), where)
         if any(c.passes is not None for c in plan) and self.schedule != "step":
             raise PlanError("tokens are pruned behind these layers already", where=where, fix="prune once")
-        self._with(plan, [Fraction(1, 2)] * len(plan)).checked(where)  # before anything is solved for it
+        free = self._open(plan, where)
+        halves = [Fraction(1, 2) if f else Fraction(1) for f in free]
+        self._with(plan, halves).checked(where)  # before anything is solved for it
         if self.schedule == "solved":
-            ratios = self._solved(plan, where)
+            ratios = self._solved(plan, free, where)
         elif self.schedule == "step":
             assert self.at is not None
             assert self.keep is not None
-            if not self._open(plan, where)[self.at]:
+            if not free[self.at]:
                 raise PlanError(
                     f"layers above read what layer {self.at} or one below it keeps, tokens included that would leave",
                     where=where,
@@ -130,8 +132,8 @@ class PrunePyramid(Pass):
             ratios[self.at] = fraction(self.keep)
         else:
             ratios = [
-                self._cosine(self.decay, layer, len(plan)) if free else Fraction(1)
-                for layer, free in enumerate(self._open(plan, where))
+                self._cosine(self.decay, layer, len(plan)) if is_free else Fraction(1)
+                for layer, is_free in enumerate(free)
             ]
         return self._with(plan, ratios).checked(where)
 
@@ -205,7 +207,7 @@ class PrunePyramid(Pass):
         for layer, ratio in enumerate(ratios):
             if layer < last and ratio < 1:
                 plan = plan.with_layer(layer, passes=replace(rule, share=ratio).check(self.describe()))
-            if self.thin and plan[layer].owner:
+            if self.thin and plan[layer].owner and not plan[layer].window:
                 held = plan[layer].keeps
                 if held is not None:
                     raise PlanError(
@@ -225,7 +227,7 @@ class PrunePyramid(Pass):
             return fraction(low)
         return fraction(low + (1 - low) * (math.cos(math.pi * layer / layers) + 1) / 2)
 
-    def _solved(self, plan: CachePlan, where: str) -> list[Fraction]:
+    def _solved(self, plan: CachePlan, free: list[bool], where: str) -> list[Fraction]:
         """The steepest schedule whose cache is not below what was asked for."""
         whole = plan.bytes(1, self.length)
         wanted = self.keep * whole if self.keep is not None else float(self.bytes or 0)
@@ -236,7 +238,6 @@ class PrunePyramid(Pass):
             return self._with(plan, ratios).bytes(1, self.length)
 
         low, high = 0.0, 1.0
-        free = self._open(plan, where)
         while reached(self._shape(free, high)) > wanted and high < 1e6:
             low, high = high, 4 * high
         least = reached(self._shape(free, high))

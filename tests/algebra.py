@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvpass
 from kvpass.errors import PlanError
 from kvpass.ir.plan import CachePlan
-from kvpass.passes import GroupHeads, PageKV, Pass, QuantizeKV, ShareLayers, SlideWindow
+from kvpass.passes import EvictKV, GroupHeads, PageKV, Pass, PrunePyramid, QuantizeKV, ShareLayers, SlideWindow
 from kvpass.runtime.transformed import Transformed
 
 LAYER = re.compile(r"[Ll]ayer \d+")
@@ -24,6 +24,9 @@ STEPS: dict[str, Pass] = {
     "SlideWindow, cache": SlideWindow(8, 2, positions="cache"),
     "QuantizeKV, token": QuantizeKV(8),
     "QuantizeKV, KIVI": QuantizeKV(4, layout="kivi", group=8, residual=8),
+    "EvictKV, prompt": EvictKV("snapkv", budget=200),
+    "EvictKV, replacing": EvictKV("h2o", budget=200),
+    "PrunePyramid": PrunePyramid(schedule="pyramidinfer", decay=0.8),
     "PageKV": PageKV(4),
 }
 
@@ -86,12 +89,13 @@ def document(plan: CachePlan) -> str:
                 reasons.append(found.reason)
             cells.append("yes" if found.plan is not None else f"no ({reasons.index(found.reason) + 1})")
         rows.append(f"| {row} | " + " | ".join(cells) + " |")
-    counts = {size: [outcome(plan, c) for c in combinations(size)] for size in (2, 3, 4, 5)}
+    counts = {size: [outcome(plan, c) for c in combinations(size)] for size in (2, 3, 4, 5, 6, 7)}
     lines = [
         "# Which passes compose",
         "",
-        "Written by `make docs`; the tests plan and run every combination on a small decoder (`tests/algebra.py`), and",
-        "compare what the cache gives with one pass without it. Passes stand in the order of the table.",
+        "Written by `make docs`; the tests plan every combination, run those of up to three passes on a small decoder",
+        "(`tests/algebra.py`), and compare what the cache gives with one pass without it. Passes stand in the order of",
+        "the table.",
         "",
         "| | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",

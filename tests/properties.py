@@ -11,16 +11,20 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kvpass
-from kvpass.errors import UnsupportedError
+from kvpass.errors import PlanError, UnsupportedError
 from kvpass.ir.check import compare
+from kvpass.ir.execute import evaluate
 from kvpass.ir.fixpoint import logits_of
-from kvpass.ir.program import Program, placeholder
-from kvpass.passes import GroupHeads, SplitProjections
+from kvpass.ir.ops import attention_reference
+from kvpass.ir.program import ATTENTION, Program, output_node, placeholder
+from kvpass.passes import GroupHeads, PrunePyramid, SplitProjections
+from kvpass.runtime.selective import SelectiveState
 from kvpass.runtime.transformed import Transformed
 
 TOLERANCE = 1e-5
@@ -30,6 +34,7 @@ PROPERTIES = {
     "ragged": "rows of different lengths in one batch = the rows alone",
     "split": "SplitProjections",
     "grouped": "GroupHeads to half the KV heads: symmetries hold, prefill + decode = forward",
+    "pruned": "PrunePyramid behind the first layer, ragged: prefill + decode = forward with what was dropped masked",
     "saved": "save and load, bit-identical",
     "checkpoint": "save_pretrained, loaded by transformers",
 }
@@ -70,6 +75,7 @@ def examine(model: nn.Module, family: bool = True) -> Examination:
     result.cells["ragged"] = Cell(ragged_error(slim, ids))
     result.cells["split"] = _split(slim, ids)
     grouped, result.cells["grouped"] = _grouped(slim, ids)
+    result.cells["pruned"] = _pruned(slim, ids)
     result.cells["saved"] = _saved(grouped or slim, ids)
     if family:
         attention = model.config._attn_implementation
@@ -171,6 +177,45 @@ def _grouped(slim: Transformed, ids: Tensor) -> tuple[Transformed | None, Cell]:
     per_layer = [tuple(t.shape[1] for t in store) for store in state.stores.values()]
     assert per_layer == [(c, c) for c in counts], f"the caches hold {per_layer} KV heads"
     return grouped, Cell(max(decode_error(grouped, ids), ragged_error(grouped, ids)))
+
+
+def _pruned(slim: Transformed, ids: Tensor) -> Cell:
+    step = PrunePyramid(schedule="step", at=0, keep=0.5, max_recent=2, min_context=1, sinks=1)
+    try:
+        pruned = kvpass.transform(slim, [step], progress=False)
+    except (PlanError, UnsupportedError) as error:
+        return Cell(refused=error.what)
+    lengths = torch.tensor([12, 9, 2])
+    logits, state = pruned.prefill(ids[:, :12], lengths)
+    assert isinstance(state, SelectiveState)
+    widest = max((o for o in pruned.plan.owners() if o > 0), key=lambda o: sum(state.fills[o]))  # windows hold fewer
+    kept = state.positions(widest)
+    steps = [logits]
+    for step_ in range(4):
+        following = ids[torch.arange(3), lengths + step_].unsqueeze(1)
+        steps.append(pruned.decode(following, state)[:, 0])
+    together = torch.stack(steps, dim=1)
+    worst = 0.0
+    for row, length in enumerate(lengths.tolist()):
+        seen = torch.arange(length + 4) >= length
+        seen[kept[row][0].long()] = True
+        assert int(seen.sum()) < length + 4 or length == 2
+
+        def masked(q: Tensor, k: Tensor, v: Tensor, *rest: Any, seen: Tensor = seen, **options: Any) -> Tensor:
+            learned = (*rest, None, None)[:2]
+            mask = seen.view(1, 1, 1, -1) if options["layer"] > 0 else None
+            return attention_reference(q, k, v, *learned, mask, **options)
+
+        graph, alone = slim.program.forward, ids[row : row + 1, : length + 4]
+        with torch.no_grad():
+            (found,) = evaluate(
+                [output_node(graph)],
+                {placeholder(graph, "input_ids"): alone},
+                slim.program.read,
+                lowered={ATTENTION: masked},
+            )
+        worst = max(worst, compare(found[0, length - 1 :], together[row]))
+    return Cell(worst)
 
 
 def _saved(slim: Transformed, ids: Tensor) -> Cell:

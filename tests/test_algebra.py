@@ -12,7 +12,7 @@ import kvpass
 from kvpass.errors import PlanError
 from kvpass.verification import cache_checks
 
-ALL = [names for size in (1, 2, 3, 4, 5) for names in algebra.combinations(size)]
+ALL = [names for size in (1, 2, 3) for names in algebra.combinations(size)]
 TOLERANCE = 1e-9
 
 
@@ -40,7 +40,7 @@ def test_a_combination_runs_as_planned_or_is_refused_before_anything_is_read(den
 
 
 def test_three_passes_compose_exactly_where_their_pairs_do(dense):
-    for size in (3, 4, 5):
+    for size in (3, 4, 5, 6, 7):
         for names in algebra.combinations(size):
             pairs = [algebra.outcome(dense.plan, pair).plan for pair in itertools.combinations(names, 2)]
             assert (algebra.outcome(dense.plan, names).plan is not None) == all(p is not None for p in pairs), names
@@ -55,7 +55,8 @@ def test_another_order_gives_the_same_plan_or_says_why_not(dense):
                 if other.plan is not None:
                     assert other.plan == planned.plan, order
                 else:
-                    assert planned.plan is None or order.index("GroupHeads") > 0, order
+                    late = any(n.startswith(("GroupHeads", "ShareLayers")) for n in order[1:])
+                    assert planned.plan is None or late, order
 
 
 def test_the_page_of_the_docs_says_so(dense):

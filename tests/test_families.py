@@ -10,6 +10,7 @@ import properties
 MHA_ONLY = "config cannot express 2 KV heads"
 JOINT_NORM = "normalised over all heads together"
 LATENT = "it comes from 2 projections"
+OPAQUE = "the mask of layer 0 is kept as a table"
 REFUSED = {
     "biogpt": {"checkpoint": MHA_ONLY},
     "bitnet": {"grouped": "read in several places before its output projection"},
@@ -26,6 +27,7 @@ REFUSED = {
     "gpt_neox_sequential": {"checkpoint": MHA_ONLY},
     "gptj": {"checkpoint": MHA_ONLY},
     "hunyuan_v1_dense": {"grouped": "in another way than a rotation"},
+    "llama4_text": {"pruned": OPAQUE},
     "mpt": {"checkpoint": MHA_ONLY},
     "olmo": {"grouped": "pass through a norm or a clamp"},
     "olmo2": {"grouped": JOINT_NORM},

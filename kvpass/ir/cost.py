@@ -48,8 +48,8 @@ class PromptCost:
         for cache, each, count in zip(plan, self.per_token, counts, strict=True):
             keys = count if cache.kv_source is None else counts[cache.kv_source]
             total = each * count + 2 * cache.heads * (cache.key_dim + cache.value_dim) * count * keys
-            for rule in (cache.keeps, cache.passes):
-                if rule is not None and (rule.prunes or rule.then != "append"):
+            for rule in (plan.rule(cache.layer) if cache.owner else None, cache.passes):
+                if rule is not None and rule.observed(prompt) and (rule.prunes or rule.then != "append"):
                     total += 2 * cache.heads * cache.key_dim * min(rule.observed(prompt), count) * keys
             found.append(total)
         return found

@@ -95,7 +95,7 @@ class CachePlan:
         """How an owner's store lies in memory: it keeps what the reader with the widest window needs."""
         readers = self.readers(owner)
         cache = self.layers[owner]
-        bounded = all(c.window > 0 and not c.positions for c in readers)
+        bounded = not self.selective and all(c.window > 0 and not c.positions for c in readers)
         window = max(c.window for c in readers) if bounded else 0
         sinks = max(c.sinks for c in readers) if bounded else 0
         return Layout(cache.format, window, sinks, cache.page)
@@ -163,12 +163,11 @@ class CachePlan:
                     where=where,
                     fix="leave out PageKV, or the pass that drops tokens",
                 )
-            if cache.window:
+            if cache.cache_positions:
                 raise PlanError(
-                    f"layer {cache.layer} keeps a window of the latest tokens in a ring, whose slots belong to "
-                    "positions, and tokens between them would be missing",
+                    f"layer {cache.layer} counts positions in its cache, where tokens dropped by rank leave gaps",
                     where=where,
-                    fix="drop tokens by rank or by age, not both",
+                    fix='slide with positions="text"',
                 )
             if cache.format.layout == "kivi":
                 raise PlanError(
@@ -178,12 +177,28 @@ class CachePlan:
                     fix='quantize per token: layout="token"',
                 )
             shared = cache.owner and len(self.readers(cache.layer)) > 1
-            if shared and cache.keeps is not None and cache.keeps.then != "append":
+            rule = self.rule(cache.layer)
+            if shared and rule.then != "append" and rule.by != "recent":
                 raise PlanError(
                     f"several layers read what layer {cache.layer} keeps, and each would rank its tokens differently "
                     "as text is generated",
                     where=where,
                     fix="choose a policy that only drops tokens of the prompt",
+                )
+            if cache.keeps is not None and cache.window:
+                raise PlanError(
+                    f"layer {cache.layer} reads a window only, which is what its cache keeps",
+                    where=where,
+                    fix="drop entries by rank or by age, not both",
+                )
+            if cache.passes is not None and any(
+                c.kv_source is not None and c.kv_source <= cache.layer for c in self.layers[cache.layer + 1 :]
+            ):
+                raise PlanError(
+                    f"tokens leave behind layer {cache.layer}, and layers above read keys and values of all tokens "
+                    "from below",
+                    where=where,
+                    fix="share layers first; PrunePyramid then prunes where it can",
                 )
             if cache.keeps is not None and not cache.owner:
                 raise PlanError(f"layer {cache.layer} has no keys and values of its own to drop", where=where)
@@ -196,11 +211,7 @@ class CachePlan:
     @property
     def bounded(self) -> bool:
         """Whether the cache stops growing: every store keeps a window, or a number of tokens, only."""
-        return all(self.layout(owner).window > 0 or self._bounded(owner) for owner in self.owners())
-
-    def _bounded(self, owner: int) -> bool:
-        keeps = self.layers[owner].keeps
-        return keeps is not None and keeps.bounded
+        return all(self.layout(owner).window > 0 or self.rule(owner).bounded for owner in self.owners())
 
     # ------------------------------------------------------------------ what stays of a prompt
 
@@ -208,6 +219,16 @@ class CachePlan:
     def selective(self) -> bool:
         """Whether some tokens of a prompt are dropped by rank, so that layers hold different ones."""
         return any(c.keeps is not None or c.passes is not None for c in self.layers)
+
+    def rule(self, owner: int) -> Retention:
+        """What an owner's store keeps. Where tokens are dropped by rank anywhere, a layer with a window is one that
+        keeps its first tokens and the latest, as many as it can read: their positions have gaps, which a ring has not.
+        """
+        cache, readers = self.layers[owner], self.readers(owner)
+        if cache.keeps is not None or not self.selective or not all(c.window for c in readers):
+            return cache.keeps or Retention()
+        sinks, window = max(c.sinks for c in readers), max(c.window for c in readers)
+        return Retention(by="recent", sinks=sinks, budget=sinks + window, then="replace")
 
     def reached(self, prompt: int) -> list[int]:
         """Tokens of a prompt that each layer computes."""
@@ -223,8 +244,7 @@ class CachePlan:
         counts = self.reached(prompt)
         kept = {}
         for owner in self.owners():
-            keeps = self.layers[owner].keeps
-            kept[owner] = counts[owner] if keeps is None else keeps.count(counts[owner], prompt)
+            kept[owner] = self.rule(owner).count(counts[owner], prompt)
         return kept
 
     def fraction(self, prompt: int) -> float:
@@ -257,7 +277,7 @@ class CachePlan:
     def side_bytes(self, owner: int, length: int, prompt: int) -> int:
         """Bytes beside an owner's keys and values: positions, ranks, and queries that will rank."""
         cache = self.layers[owner]
-        keeps = cache.keeps or Retention()
+        keeps = self.rule(owner)
         groups = cache.kv_heads if keeps.apart else 1
         total = 4 * groups * length
         if keeps.then == "replace":

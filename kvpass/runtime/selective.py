@@ -77,12 +77,12 @@ class SelectiveState(State):
 
     def rule(self, owner: int) -> Retention:
         """What an owner's store keeps."""
-        return self.plan[owner].keeps or Retention()
+        return self.plan.rule(owner)
 
     def _slots(self, owner: int, capacity: int) -> int:
         """Slots that an owner needs for text of up to `capacity` tokens."""
         if self.rule(owner).then == "replace":
-            return max(self.budgets[owner]) + 1
+            return min(max(self.budgets[owner]), max(capacity, self.max_length)) + 1
         more = capacity - min(self.prompts)
         return max(self.fills[owner]) + max(0, more)
 

@@ -506,7 +506,8 @@ def test_alibi_counts_distances_between_original_positions():
         ((PrunePyramid(keep=0.9, length=64, recent_ratio=1.0, **SMALL),), "recent_ratio"),
         ((PrunePyramid(keep=0.9, length=64, **SMALL), PrunePyramid(keep=0.9, length=64, **SMALL)), "already"),
         ((EvictKV("h2o", keep=0.5), EvictKV("tova", keep=0.5)), "already"),
-        ((SlideWindow(16), EvictKV("snapkv", keep=0.5)), "window"),
+        ((SlideWindow(16), EvictKV("snapkv", keep=0.5)), "every layer keeps a window"),
+        ((SlideWindow(8, positions="cache"), PrunePyramid(keep=0.9, length=64, **SMALL)), "counts positions"),
         ((QuantizeKV(4), EvictKV("snapkv", keep=0.5)), "KIVI"),
         ((EvictKV("snapkv", keep=0.5), PageKV()), "pages"),
         ((ShareLayers("0_0"), EvictKV("h2o", keep=0.5)), "several layers read"),
@@ -518,11 +519,9 @@ def test_what_cannot_be_is_refused_with_the_reason(steps, reason):
         changed(captured("llama"), *steps)
 
 
-def test_opaque_masks_and_windows_of_the_model_s_own_are_refused():
+def test_opaque_masks_are_refused():
     with pytest.raises(PlanError, match="mask of layer 0 is kept as a table"):
         changed(captured("llama4_text"), EvictKV("snapkv", keep=0.5))
-    with pytest.raises(PlanError, match="window"):
-        changed(captured("mistral"), PrunePyramid(keep=0.9, length=64, **SMALL))
 
 
 def test_a_prompt_below_the_floor_is_kept_whole():
@@ -577,3 +576,20 @@ def test_a_saved_model_keeps_its_rules(tmp_path):
         with pytest.raises(UnsupportedError, match=said):
             kvpass.transform(str(tmp_path / "source"), [step], progress=False).save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+def test_layers_with_a_window_stay_as_small_as_their_window():
+    dense = captured("gemma2")  # windows of 5 and full attention in turn
+    tokens = ids(2, PROMPT + MORE)
+    for step in (SCHEDULES["solved"], EvictKV("snapkv", budget=20, window=6), EvictKV("h2o", budget=20)):
+        if isinstance(step, PrunePyramid):
+            step = PrunePyramid(schedule="step", at=1, keep=0.5, **SMALL)
+        slim = changed(dense, step)
+        _, after, state = run(slim, tokens, [PROMPT, PROMPT - 20])
+        for held in (after, state):
+            assert [held.fills[layer] for layer in (0, 2)] == [[5, 5], [5, 5]]
+        assert after.positions(0)[0][0].tolist() == list(range(PROMPT - 5, PROMPT))
+        assert slim.plan.bytes(1, 10_000) - slim.plan.bytes(1, 9_999) <= (0 if isinstance(step, EvictKV) else 2 * 600)
+    wide = changed(dense, EvictKV("snapkv", budget=200, window=6))
+    found, _, _ = run(wide, tokens, [PROMPT, PROMPT - 20])
+    assert error(found, expected_of(whole(dense, tokens), [PROMPT, PROMPT - 20])) < EXACT
