@@ -66,8 +66,8 @@ def column_mass_reference(
         step = torch.arange(start, min(start + ROWS, most), device=q.device)
         place = lengths.unsqueeze(1) - most + step  # [B, R]
         nth = place - (lengths - asked).unsqueeze(1)  # of the observed queries, from 0
-        weight = 1 + (said.slope - 1) * nth / (asked - 1).clamp(min=1).unsqueeze(1)
-        weight = torch.where(nth >= 0, weight, 0.0).to(dtype)
+        weight = 1 + (said.slope - 1) * nth.to(dtype) / (asked - 1).clamp(min=1).unsqueeze(1)
+        weight = torch.where(nth >= 0, weight, 0.0)
         if said.rows:  # a mean over the latest queries, but a sum over all
             weight = weight / asked.unsqueeze(1)
         place = place.clamp(min=0)

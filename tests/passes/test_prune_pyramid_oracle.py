@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpass
+from kvpass.errors import PlanError
 from kvpass.ir.check import compare
 from kvpass.passes import PrunePyramid
 
@@ -68,3 +69,35 @@ def test_generation_keeps_the_reference_s_positions(case, golden):
         numpy.testing.assert_array_equal(positions(state, layer), golden[f"{name}/genpos{layer}"])
     for step, expected in zip(golden[f"{name}/gen_logits_steps"], golden[f"{name}/gen_logits"], strict=True):
         assert compare(torch.from_numpy(expected), steps[step]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"distance_weight": 1.0},
+        {"recent_ratio": 0.19},
+        {"streamingllm_sink_len": 0},
+        {"prefill_decay_ratio": 0.85},
+        {"layerwise_downsample_interval": 2},
+        {"gen_compress_ratio": 0.8},
+    ],
+    ids=str,
+)
+def test_another_rule_would_be_noticed(change, golden, about, dense):
+    config = {**about["cases"]["lin"], "gen_decay_ratio": 0.5, **change}
+    right = PrunePyramid.from_reference({**about["cases"]["lin"], "gen_decay_ratio": 0.5})
+    kept = []
+    for step in (right, PrunePyramid.from_reference(config)):
+        slim = kvpass.transform(dense, [step], progress=False, verify="off")
+        _, state = slim.prefill(torch.from_numpy(golden["input_ids"]).long())
+        for token in torch.from_numpy(golden["gen_ids"])[:, :60].long().T:
+            slim.decode(token.unsqueeze(1), state)
+        kept.append([[row[0].tolist() for row in state.positions(layer)] for layer in range(8)])
+    assert kept[0] != kept[1]
+
+
+def test_parameters_that_the_reference_does_not_have_are_refused(about):
+    with pytest.raises(PlanError, match="no parameter 'top_p'"):
+        PrunePyramid.from_reference({**about["cases"]["c7b"], "top_p": 0.5})
+    with pytest.raises(PlanError, match="blocks of 32"):
+        PrunePyramid.from_reference({**about["cases"]["c7b"], "exceed_length_to_compress": 32})
