@@ -1,6 +1,7 @@
 """Dropping tokens by rank: quality at equal cache bytes, every method beside every other, and beside kvpress.
 
     python -m benchmarks.quality [--kvpress PYTHON] [--plot docs/quality_at_equal_bytes.svg] [--json]
+    python -m benchmarks.quality --show benchmarks/results/quality.json
 
 Two small trained models, float32. bookworm (7.5M parameters, trained on contexts of 1024 tokens) reads held-out books
 and goes on from there: likelihood of the tokens after the context. A recall model (4 layers, trained here in a minute;
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cache_plans import BOOKWORM
-from benchmarks.machine import describe, keep, parser, show
+from benchmarks.machine import Machine, describe, keep, parser, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,36 +71,50 @@ class Setting:
 
 def main() -> int:
     arguments = _arguments()
+    if arguments.show:
+        document = json.loads(Path(arguments.show).read_text(encoding="utf-8"))
+        print(Machine(**document["machine"]).line())
+        figures, library = document["rows"], document["kvpress"]
+    else:
+        machine = describe(arguments.threads)
+        print(machine.line())
+        figures, library = measure(arguments)
+        keep("quality", machine, {"kvpress": library, "rows": figures}, arguments.json)
+    for by in ("kvpass", "kvpress"):
+        for setting in dict.fromkeys(f["setting"] for f in figures):
+            rows = [f for f in figures if (f["setting"], f["by"]) == (setting, by)]
+            if rows:
+                report(setting, rows, library if by == "kvpress" else "")
+    if arguments.plot:
+        plot(figures, Path(arguments.plot))
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """All figures, and the version of the library whose figures are among them."""
     import torch
     from transformers import logging
 
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    machine = describe(arguments.threads)
-    print(machine.line())
     figures: list[dict[str, Any]] = []
+    library = ""
     with tempfile.TemporaryDirectory() as scratch:
         settings = make_settings(Path(scratch), arguments)
         for setting in settings:
-            rows = ours(setting)
-            figures += rows
-            report(setting, rows)
+            figures += ours(setting)
         if arguments.kvpress:
             library, rows = theirs(settings, figures, arguments.kvpress, Path(scratch), arguments.threads)
             figures += rows
-            for setting in settings:
-                report(setting, [r for r in rows if r["setting"] == setting.name], library)
-    if arguments.plot:
-        plot(settings, figures, Path(arguments.plot))
-    keep("quality", machine, {"rows": figures}, arguments.json)
-    return 0
+    return figures, library
 
 
 def _arguments() -> argparse.Namespace:
     found = parser("Quality at equal cache bytes.")
     found.add_argument("--kvpress", metavar="PYTHON", help="an interpreter that can import kvpress")
-    found.add_argument("--plot", metavar="FILE", help="draw the table (needs matplotlib)")
+    found.add_argument("--plot", metavar="FILE", help="draw the tables (needs matplotlib)")
+    found.add_argument("--show", metavar="FILE", help="measure nothing; show the figures of a JSON file")
     found.add_argument("--windows", type=int, default=32, help="windows of text")
     found.add_argument("--rows", type=int, default=64, help="sequences of facts")
     return found.parse_args()
@@ -330,7 +345,7 @@ def theirs(
 # ---------------------------------------------------------------------- what is shown
 
 
-def report(setting: Setting, rows: Sequence[dict[str, Any]], library: str = "") -> None:
+def report(setting: str, rows: Sequence[dict[str, Any]], library: str = "") -> None:
     """One table per setting: a method per line, a fraction of the bytes per column."""
     kept = {(r["method"], r["fraction"]): r for r in rows}
     lines = []
@@ -340,18 +355,21 @@ def report(setting: Setting, rows: Sequence[dict[str, Any]], library: str = "") 
             row = kept.get((method, fraction))
             cells.append("" if row is None else "refused" if "error" in row else _cell(row))
         lines.append(cells)
-    what = "NLL beyond the original's, ± standard error" if setting.task is None else "facts recalled"
-    columns = ["method", *(f"{fraction:.1%}".replace(".0%", "%") for fraction in (1.0, *FRACTIONS))]
-    show(f"{setting.name}{' (' + library + ')' if library else ''}: {what}, by bytes of the cache", columns, lines)
+    likelihood = "nll" in rows[0]
+    what = "NLL beyond the original's, 0.001 nats per token ± standard error" if likelihood else "facts recalled"
+    columns = ["of the bytes:", *(f"{fraction:.2%}".replace(".00%", "%") for fraction in (1.0, *FRACTIONS))]
+    show(f"{setting}{', ' + library if library else ''}: {what}", columns, lines)
 
 
 def _cell(row: dict[str, Any]) -> str:
     if "recalled" in row:
         return f"{row['recalled']:.1%}"
-    return f"{row['delta']:+.4f} ± {row['delta_se']:.4f}" if row["fraction"] < 1 else f"NLL {row['nll']:.4f}"
+    return (
+        f"{row['delta'] * 1e3:+.1f} ± {row['delta_se'] * 1e3:.1f}" if row["fraction"] < 1 else f"NLL {row['nll']:.4f}"
+    )
 
 
-def plot(settings: Sequence[Setting], figures: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(figures: Sequence[dict[str, Any]], path: Path) -> None:
     """Quality over measured bytes, a panel per setting."""
     import matplotlib
 
@@ -360,28 +378,26 @@ def plot(settings: Sequence[Setting], figures: Sequence[dict[str, Any]], path: P
 
     matplotlib.rcParams["svg.hashsalt"] = "kvpass"
     names = list(dict.fromkeys(f["method"] for f in figures if f["method"] != "as it is"))
-    colors = dict(zip(names, pyplot.get_cmap("tab20").colors, strict=False))
-    figure, panels = pyplot.subplots(1, len(settings), figsize=(5.2 * len(settings), 4.6))
-    for panel, setting in zip(panels, settings, strict=True):
-        what = "delta" if setting.task is None else "recalled"
+    palette = pyplot.get_cmap("tab20").colors  # in pairs of one hue, which are told apart worst
+    colors = dict(zip(names, [*palette[::2], *palette[1::2]], strict=False))
+    settings = list(dict.fromkeys(f["setting"] for f in figures))
+    figure, panels = pyplot.subplots(2, 2, figsize=(12, 11))
+    for panel, setting in zip(panels.flat, settings, strict=True):
+        here = [f for f in figures if f["setting"] == setting and "error" not in f]
+        what, label = ("delta", "NLL beyond the original's") if "nll" in here[0] else ("recalled", "facts recalled")
         for by, style in (("kvpass", "o-"), ("kvpress", "x:")):
             for name in names:
-                points = sorted(
-                    (f["share"], f[what])
-                    for f in figures
-                    if (f["setting"], f["by"], f["method"]) == (setting.name, by, name) and what in f
-                )
+                points = sorted((f["share"], f[what]) for f in here if (f["by"], f["method"]) == (by, name))
                 if points:
-                    panel.plot(
-                        *zip(*points, strict=True), style, color=colors[name], label=f"{name} ({by})", lw=1, ms=4
-                    )
-        panel.set_title(setting.name, fontsize=10)
+                    xs, ys = zip(*points, strict=True)
+                    panel.plot(xs, ys, style, color=colors[name], label=f"{name} ({by})", lw=1, ms=4)
+        panel.set_title(setting, fontsize=10)
         panel.set_xlabel("cache bytes after the prompt, of the original's")
-        panel.set_ylabel("NLL beyond the original's" if setting.task is None else "facts recalled")
+        panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, metadata={"Date": None})
 
 
