@@ -18,6 +18,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal, get_type_hints
 
+import torch
+from torch import Tensor
+
 from kvpass.errors import PlanError
 
 By = Literal["mass", "persistence", "random", "recent"]
@@ -107,6 +110,21 @@ class Retention:
             kept = context if self.stays else self.floor
         return recent + kept
 
+    def counts(self, reached: Tensor, prompt: Tensor) -> Tensor:
+        """`count` of integer tensors, in arithmetic that an exported graph can hold for any length."""
+        if self.budget:
+            return reached.clamp(max=self.budget)
+        above, below = self.share.numerator, self.share.denominator
+        recent = self.window(prompt)
+        if self.of == "prompt":
+            least = _at_most(recent + self.sinks, prompt)
+            return torch.minimum(reached, torch.maximum(prompt * above // below, least))
+        context = reached - recent
+        kept = context * above // below
+        floor = context if self.stays else torch.full_like(context, self.floor)
+        kept = torch.where(kept <= self.floor, floor, kept)
+        return torch.where((context <= self.floor) | (above >= below), reached, recent + kept)
+
     def least(self, prompt: int) -> int:
         """Tokens that are never dropped, of a prompt of so many."""
         return min(prompt, self.sinks + int(self.window(prompt)))
@@ -186,8 +204,6 @@ def _at_most(value: Any, most: Any) -> Any:
     """The smaller one, for numbers and tensors."""
     if isinstance(value, int) and isinstance(most, int):
         return min(value, most)
-    import torch
-
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         value = torch.full_like(most, value)
-    return torch.minimum(value, most) if isinstance(most, torch.Tensor) else value.clamp(max=most)
+    return torch.minimum(value, most) if isinstance(most, Tensor) else value.clamp(max=most)

@@ -320,9 +320,18 @@ def _replace(
 
 
 def thin(
-    said: Retention, layout: Layout, cache: list[Tensor], row: int, begin: int, fill: int, window: int, scale: float
+    said: Retention,
+    layout: Layout,
+    cache: list[Tensor],
+    row: int,
+    begin: int,
+    fill: int,
+    window: int,
+    scale: float,
+    newest: int,
 ) -> int:
-    """Thin one row's generated tokens begin .. begin+block-1 (slots) by the latest `window` queries; new fill.
+    """Thin one row's generated tokens begin .. begin+block-1 (slots) by the queries at the `window` positions up to
+    `newest`; new fill.
 
     PyramidInfer's generation phase: what stays is the weighted mean, over queries and heads, of the attention that the
     latest queries gave to the block. What lies behind the block moves up.
@@ -330,7 +339,6 @@ def thin(
     split = len(cache) - len(EXTRAS["thin"])
     *tensors, where = cache[:split]
     queries, lse, asked = (t[row : row + 1] for t in cache[split:])
-    newest = int(where[row, 0, fill - 1])
     at = torch.arange(newest - window + 1, newest + 1, device=where.device)
     slot = at % queries.shape[2]
     keys = layout.entries([t[row : row + 1, :, begin : begin + said.block] for t in tensors], said.block, queries.dtype)

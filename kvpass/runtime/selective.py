@@ -24,6 +24,7 @@ class SelectiveState(State):
 
     Attributes:
         prompts: tokens of each row's prompt.
+        texts: tokens of each row's text so far: what `lengths` says, on the host.
         fills: per owner, the tokens that its store holds of each row.
         budgets: per owner whose tokens replace each other, how many it holds of each row.
         extras: per owner, positions int32 [B, G, slots] (-1 where there is nothing) and what `EXTRAS` lists.
@@ -32,6 +33,7 @@ class SelectiveState(State):
     """
 
     prompts: list[int] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)
     fills: dict[int, list[int]] = field(default_factory=dict)
     budgets: dict[int, list[int]] = field(default_factory=dict)
     extras: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class SelectiveState(State):
 
         Nothing is held yet: `fills` says what will be once the prompts were read.
         """
-        self.prompts, self.scales = list(prompts), scales
+        self.prompts, self.texts, self.scales = list(prompts), list(prompts), scales
         device = self.lengths.device
 
         def tensor(numbers: list[int]) -> Tensor:
@@ -139,19 +141,25 @@ class SelectiveState(State):
 
     def advance(self, counts: Tensor | int) -> None:
         """Record that each row took `counts` tokens more, and thin what has grown old."""
-        before = self.lengths
+        before = self.texts
+        steps = [counts] * self.batch if isinstance(counts, int) else [int(c) for c in counts.tolist()]
+        self.texts = [n + step for n, step in zip(before, steps, strict=True)]
         super().advance(counts)
-        steps = [int(c) for c in (self.lengths - before).tolist()]
         for owner, fills in self.fills.items():
             then, where = self.rule(owner).then, self.extras[owner][0]
             for row, step in enumerate(steps):
                 if then == "append":
-                    new = torch.arange(step, device=where.device) + int(before[row])
+                    new = torch.arange(step, device=where.device) + before[row]
                     where[row, :, fills[row] : fills[row] + step] = new.to(where.dtype)
                 fills[row] += step
                 if then == "replace":
                     fills[row] = min(fills[row], self.budgets[owner][row])
         self._thin()
+
+    def refresh(self) -> None:
+        """Bring the longest and the shortest length up to date, from the host's numbers alone."""
+        texts = self.texts or [0]
+        self.min_length, self.max_length, self.ragged = min(texts), max(texts), len(set(texts)) > 1
 
     def _thin(self) -> None:
         """Thin the generated text of every row whose oldest whole block has left the recent window."""
@@ -166,7 +174,7 @@ class SelectiveState(State):
                     begin = self.fills[owner][row] - window - rule.block
                     fill = thin(
                         rule, self.plan.layout(owner), self.tensors(owner), row, begin, self.fills[owner][row], window,
-                        self.scales[owner],
+                        self.scales[owner], self.texts[row] - 1,
                     )  # fmt: skip
                     self.fills[owner][row] = fill
                     done[row] = fill - window
@@ -200,7 +208,7 @@ class SelectiveState(State):
         for numbers in (self.fills, self.budgets, self.thinned):
             for owner, per_row in numbers.items():
                 numbers[owner] = [per_row[row] for row in wanted]
-        self.prompts = [self.prompts[row] for row in wanted]
+        self.prompts, self.texts = ([numbers[row] for row in wanted] for numbers in (self.prompts, self.texts))
         self.refresh()
 
     def clone(self) -> State:
@@ -210,6 +218,7 @@ class SelectiveState(State):
             {owner: [t.clone() for t in ts] for owner, ts in self.stores.items()},
             self.capacity,
             prompts=list(self.prompts),
+            texts=list(self.texts),
             fills={owner: list(n) for owner, n in self.fills.items()},
             budgets={owner: list(n) for owner, n in self.budgets.items()},
             extras={owner: [t.clone() for t in ts] for owner, ts in self.extras.items()},

@@ -117,3 +117,23 @@ def test_counts_are_those_of_a_float_computed_exactly(ratio):
         assert rule.window(length) == length - context
         assert rule.count(length, length) == length - context + int(context * ratio + 1e-9)
         assert int(rule.window(torch.tensor([length]))) == rule.window(length)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Retention(budget=40),
+        Retention(share=fraction(0.3), sinks=4, recent=9),
+        Retention(share=fraction(0.3), recent_share=fraction(0.15), sinks=4),
+        Retention(share=fraction(0.8), recent_share=fraction(0.2), recent=16, of="context", floor=12),
+        Retention(share=fraction(0.8), recent_share=fraction(0.2), of="context", floor=64, stays=True),
+        Retention(of="context", floor=5, recent=3),
+    ],
+    ids=str,
+)
+def test_counts_of_tensors_are_counts(rule):
+    prompts = torch.arange(1, 400)
+    for part in (1, 2, 3):
+        reached = (prompts + part - 1) // part
+        expected = [rule.count(int(r), int(n)) for r, n in zip(reached, prompts, strict=True)]
+        assert rule.counts(reached, prompts).tolist() == expected
