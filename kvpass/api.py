@@ -196,7 +196,7 @@ def summarize(program: Program) -> ModelSummary:
 
 def _evictable(plan: CachePlan) -> str:
     try:
-        EvictKV(keep=0.5).plan(plan)
+        EvictKV("snapkv", keep=0.5).plan(plan)
     except PlanError as error:
         return error.what
     return "ok"

@@ -64,7 +64,7 @@ class EvictKV(Pass):
         beta: steepness of `pyramidkv`: the last layer gets 1 / beta of the mean budget.
     """
 
-    policy: Policy = "snapkv"
+    policy: Policy
     keep: float | None = None
     budget: int | None = None
     window: int | None = None

@@ -4,7 +4,9 @@ Every attention becomes `kvpass::attend`, which writes its layer's preallocated 
 computes from positions alone (RoPE tables, learned positions, position ids) is found by what it depends on, proved to
 be the same table for every length, and read from that table at each row's own positions; so rows of different lengths
 decode together, and no trigonometry is done per token. `prefill` projects only the last token of each row to the
-vocabulary.
+vocabulary. Where tokens are dropped by rank (`kvpass.ir.retention`), `prefill` attends over the prompt itself, writes
+what is to stay into the stores, and gathers the survivors behind every `kvpass::prune`: what lies above that computes
+with its own number of tokens, at the positions that they had.
 """
 
 from __future__ import annotations
@@ -82,6 +84,12 @@ def insert_cache(program: Program, plan: CachePlan) -> Inserted:
     store, *tables); see `kvpass::attend`. The tables' first rows are those of position `base`. `prefill` also takes
     `last` [B] int64, the index of each row's last token among the S, and returns logits [B, 1, V].
 
+    Where tokens are dropped by rank, `prefill` reads whole prompts. It takes their lengths `prompt` [B] too; per layer
+    l behind which tokens leave, how many stay: `count_l` [B], and the most of them, `width_l`; per owner o of a store
+    that keeps a choice, `keep_o` [B] and `keep_width_o`. `decode` takes, per owner, the tokens that it holds, `fill_o`
+    [B], the slots in use after the step, `end_o`, `ragged_o`, and where entries are replaced `budget_o` [B] and
+    `recent_o` [B].
+
     Raises:
         UnsupportedError: something in the model depends on the length of the whole sequence.
     """
@@ -111,10 +119,8 @@ class Level:
 class _Entry:
     """One cached entry in the making: a copy of `forward` and what is added to it."""
 
-    def __init__(
-        self, program: Program, plan: CachePlan, tables: dict[fx.Node, Table], small: dict[fx.Node, Any], large: Any
-    ) -> None:
-        self.plan, self.tables, self.small, self.large = plan, tables, small, large
+    def __init__(self, program: Program, plan: CachePlan, small: dict[fx.Node, Any], large: dict[fx.Node, Any]) -> None:
+        self.plan, self.small, self.large = plan, small, large
         self.graph = fx.Graph()
         self.mapping: dict[fx.Node, fx.Node] = {}
         result = self.graph.graph_copy(program.forward, self.mapping)
@@ -172,7 +178,7 @@ def _build(program: Program, plan: CachePlan, tables: dict[fx.Node, Table], *, l
     role = roles(source)
     finder = SiteFinder(program)
     small, large = finder.scaled
-    entry = _Entry(program, plan, tables, small, large)
+    entry = _Entry(program, plan, small, large)
     graph, mapping = entry.graph, entry.mapping
     starts, stops, end, ragged, base = (entry.input(name) for name in ("starts", "stops", "end", "ragged", "base"))
     caches = {owner: [entry.input(name) for name in store_names(plan, owner)] for owner in plan.owners()}

@@ -104,16 +104,18 @@ class PrunePyramid(Pass):
                 fix=f"use one strategy for both phases, and blocks of {BLOCK}",
             )
         # its "linear" strategy is never reached: what it computes there is a constant ratio
-        strategy = "cosine" if strategies == {"cosine"} else "constant"
-        return cls(schedule="pyramidinfer", max_recent=0, strategy=strategy, thin=True, lead=1, **options)  # type: ignore[arg-type]
+        strategy: Literal["cosine", "constant"] = "cosine" if strategies == {"cosine"} else "constant"
+        fixed: dict[str, Any] = {"schedule": "pyramidinfer", "max_recent": 0, "thin": True, "lead": 1}
+        return cls(strategy=strategy, **{"min_context": 64, **options}, **fixed)
 
     # ------------------------------------------------------------------ the plan
 
     def plan(self, plan: CachePlan) -> CachePlan:
         where = self.describe()
         self._check(len(plan), where)
-        if any(c.passes is not None for c in plan) and self.schedule != "step":
-            raise PlanError("tokens are pruned behind these layers already", where=where, fix="prune once")
+        pruned = [c.layer for c in plan if c.passes is not None]
+        if pruned and (self.schedule != "step" or self.at in pruned):  # a step may join another one elsewhere
+            raise PlanError(f"tokens leave behind layer {pruned[0]} already", where=where, fix="prune once")
         free = self._open(plan, where)
         halves = [Fraction(1, 2) if f else Fraction(1) for f in free]
         self._with(plan, halves).checked(where)  # before anything is solved for it

@@ -213,8 +213,12 @@ def unselective(plan: CachePlan) -> CachePlan:
         ("--pyramid 0.6 --pyramid-length 1024", [PrunePyramid(0.6, length=1024)], 1024),
         ("--pyramid 0.6 --pyramid-at 0", [PrunePyramid(0.6, schedule="step", at=0)], 128),
         ("--evict h2o --evict-keep 0.5", [EvictKV("h2o", 0.5)], 128),
-        ("--kv-heads 4 --evict snapkv --evict-budget 50", [GroupHeads(4), EvictKV(budget=50)], 128),
-        ("--share-layers 0_0 --evict snapkv --evict-budget 50", [ShareLayers("0_0"), EvictKV(budget=50)], 128),
+        ("--kv-heads 4 --evict snapkv --evict-budget 50", [GroupHeads(4), EvictKV("snapkv", budget=50)], 128),
+        (
+            "--share-layers 0_0 --evict snapkv --evict-budget 50",
+            [ShareLayers("0_0"), EvictKV("snapkv", budget=50)],
+            128,
+        ),
     ],
 )
 def test_plan_counts_what_is_computed_and_stored_of_a_prompt(
@@ -263,11 +267,11 @@ def test_plan_shows_what_becomes_of_a_prompt(model: str) -> None:
 
 def test_figures_of_a_prompt_are_left_out_where_projections_are_not_known(model: str) -> None:
     found = api.inspect(model)
-    grouped = kvpass.plan(model, [GroupHeads(2), EvictKV(keep=0.5)])
+    grouped = kvpass.plan(model, [GroupHeads(2), EvictKV("snapkv", keep=0.5)])
     assert cli._cost(found, grouped, None) is None
     unknown = replace(found, layers=tuple(replace(layer, layout="unknown") for layer in found.layers))
     assert cli._cost(unknown, grouped, 64) is None
-    assert cli._cost(unknown, kvpass.plan(model, EvictKV(keep=0.5)), None) == found.cost
+    assert cli._cost(unknown, kvpass.plan(model, EvictKV("snapkv", keep=0.5)), None) == found.cost
     figures = cli._prompt_figures(grouped, None, 100)
     assert figures is not None
     assert figures.to_dict()["flops"] is None

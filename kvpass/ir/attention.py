@@ -221,18 +221,11 @@ def _attend_positions(
             dot, gqa = torch.nn.functional.scaled_dot_product_attention, bool(q.shape[1] != k.shape[1])
             blocks.append(dot(queries, block_k, block_v, attn_mask=seen, scale=scale, enable_gqa=gqa))
             continue
-        bias = None
+        part = None
         if mask is not None:
             part = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
             part = part[..., low:high] if part.shape[-1] != 1 else part
-            if part.dtype == torch.bool:
-                seen = part if seen is None else seen & part
-            else:
-                bias = part
-        if alibi_slopes is not None:
-            distance = (key_pos - query_pos).float()
-            slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * distance
-            bias = slope_bias if bias is None else bias + slope_bias
+        seen, bias = _with_tables(seen, part, alibi_slopes, key_pos - query_pos)
         sinking = None
         if sink_q is not None:
             sinking = Sinking(sink_q[:, :, start:stop], min(sinks, len(key_pos)))
@@ -296,17 +289,10 @@ def attend_parts(
             dot, gqa = torch.nn.functional.scaled_dot_product_attention, bool(q.shape[1] != keys.shape[1])
             blocks.append(dot(q[:, :, start:stop], keys, values, attn_mask=seen, scale=scale, enable_gqa=gqa))
             continue
-        bias = None
+        part_mask = None
         if mask is not None:
-            part_mask = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
-            part_mask = _columns(part_mask, key_pos)
-            if part_mask.dtype == torch.bool:
-                seen = seen & part_mask
-            else:
-                bias = part_mask
-        if alibi_slopes is not None:
-            slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * (key_pos - here).float()
-            bias = slope_bias if bias is None else bias + slope_bias
+            part_mask = _columns(mask[..., start:stop, :] if mask.shape[-2] != 1 else mask, key_pos)
+        seen, bias = _with_tables(seen, part_mask, alibi_slopes, key_pos - here)
         sinking = None
         if sink_q is not None:
             sinking = Sinking(sink_q[:, :, start:stop], keys.shape[2], (key_pos >= 0) & (key_pos < sinks))
@@ -316,6 +302,24 @@ def attend_parts(
             )
         )
     return _joined(blocks, 2)
+
+
+def _with_tables(
+    seen: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    distance: Tensor,  # of keys from queries, [.., S, T]
+) -> tuple[Tensor | None, Tensor | None]:
+    """What queries see and what is added to scores, with a table of either and ALiBi's slopes."""
+    bias = None
+    if mask is not None and mask.dtype == torch.bool:
+        seen = mask if seen is None else seen & mask
+    elif mask is not None:
+        bias = mask
+    if alibi_slopes is not None:
+        slope_bias = alibi_slopes.float().view(1, -1, 1, 1) * distance.float()
+        bias = slope_bias if bias is None else bias + slope_bias
+    return seen, bias
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
