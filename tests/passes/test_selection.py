@@ -263,7 +263,8 @@ def test_survivors_alone_are_computed_above_a_cut(schedule, family):
     found, after, _ = run(slim, tokens, prompts)
     assert min(len(there) for there in log.values()) < PROMPT - 15
     for (layer, row), there in log.items():
-        assert after.positions(layer)[row][0].tolist() == there
+        assert after.extras[layer][0][row, 0, : len(there)].tolist() == there  # as they lie in memory
+        assert not row or set(log[layer, row]) <= set(log[max(0, layer - 1), row])
     assert error(found, expected) < EXACT
 
 
@@ -304,6 +305,9 @@ def test_generated_text_is_thinned_and_the_prompt_is_not():
         slim.decode(tokens[:, 40 + index : 41 + index], state)
         grown.append({layer: list(rows) for layer, rows in state.fills.items()})
     for layer in range(5):
+        for line, fill in zip(state.extras[layer][0], state.fills[layer], strict=True):
+            assert bool((line[0, 1:fill] > line[0, : fill - 1]).all())
+            assert bool((line[0, fill:] < 0).all())
         stays = slim.plan[layer].keeps.thinned
         for row, n in enumerate(prompts):
             kept = state.positions(layer)[row][0].tolist()
