@@ -595,9 +595,7 @@ def _prompt_figures(plan: CachePlan, cost: PromptCost | None, length: int) -> Pr
     """The figures of a prompt; None where a plan keeps all tokens."""
     if not plan.selective:
         return None
-    from kvpass.ir.plan import CachePlan
-
-    whole = CachePlan(tuple(replace(layer, keeps=None, passes=None) for layer in plan))
+    whole = plan.unselected()
     kept = plan.kept(length)
     return PromptFigures(
         length=length,

@@ -25,6 +25,7 @@ from kvpass.ir.ops import attention_reference
 from kvpass.ir.program import ATTENTION, Program, output_node, placeholder
 from kvpass.passes import GroupHeads, PrunePyramid, SplitProjections
 from kvpass.runtime.selective import SelectiveState
+from kvpass.runtime.state import State
 from kvpass.runtime.transformed import Transformed
 
 TOLERANCE = 1e-5
@@ -133,15 +134,21 @@ def decode_error(slim: Transformed, ids: Tensor) -> float:
     return compare(expected[:, first - 1 :], torch.cat(found, dim=1))
 
 
+def ragged_run(slim: Transformed, ids: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
+    """Logits [B, 5, V] of a right-padded batch's last tokens and of four more per row; the state before these."""
+    logits, state = slim.prefill(ids[:, : int(lengths.max())], lengths)
+    read = state.clone()
+    steps = [logits]
+    for step in range(4):
+        following = ids[torch.arange(len(ids)), lengths + step].unsqueeze(1)
+        steps.append(slim.decode(following, state)[:, 0])
+    return torch.stack(steps, dim=1), read
+
+
 def ragged_error(slim: Transformed, ids: Tensor) -> float:
     """A right-padded batch of different lengths, decoded on together, against each row alone."""
     lengths = torch.tensor([5, 9, 2])
-    logits, state = slim.prefill(ids[:, :9], lengths)
-    steps = [logits]
-    for step in range(4):
-        following = ids[torch.arange(3), lengths + step].unsqueeze(1)
-        steps.append(slim.decode(following, state)[:, 0])
-    together = torch.stack(steps, dim=1)
+    together, _ = ragged_run(slim, ids, lengths)
     worst = 0.0
     for row, length in enumerate(lengths.tolist()):
         alone = forward(slim, ids[row : row + 1, : length + 4])[0, length - 1 :]
@@ -186,15 +193,10 @@ def _pruned(slim: Transformed, ids: Tensor) -> Cell:
     except (PlanError, UnsupportedError) as error:
         return Cell(refused=error.what)
     lengths = torch.tensor([12, 9, 2])
-    logits, state = pruned.prefill(ids[:, :12], lengths)
+    together, state = ragged_run(pruned, ids, lengths)
     assert isinstance(state, SelectiveState)
     widest = max((o for o in pruned.plan.owners() if o > 0), key=lambda o: sum(state.fills[o]))  # windows hold fewer
     kept = state.positions(widest)
-    steps = [logits]
-    for step_ in range(4):
-        following = ids[torch.arange(3), lengths + step_].unsqueeze(1)
-        steps.append(pruned.decode(following, state)[:, 0])
-    together = torch.stack(steps, dim=1)
     worst = 0.0
     for row, length in enumerate(lengths.tolist()):
         seen = torch.arange(length + 4) >= length

@@ -249,8 +249,11 @@ class CachePlan:
 
     def fraction(self, prompt: int) -> float:
         """What part of the bytes of the same plan without selection a prompt's cache takes."""
-        everything = CachePlan(tuple(replace(c, keeps=None, passes=None) for c in self.layers))
-        return self.bytes(1, prompt) / everything.bytes(1, prompt)
+        return self.bytes(1, prompt) / self.unselected().bytes(1, prompt)
+
+    def unselected(self) -> CachePlan:
+        """The plan with every token kept."""
+        return CachePlan(tuple(replace(c, keeps=None, passes=None) for c in self.layers))
 
     def bytes_per_token(self) -> int:
         """Bytes that one token adds to the cache, all layers together, while no window is full."""

@@ -94,40 +94,25 @@ class Retention:
             return max(1, int(self.window(length)))
         return min(self.rows, length) if self.rows else length
 
-    def count(self, reached: int, prompt: int) -> int:
-        """How many of `reached` tokens stay, of a prompt of `prompt` tokens."""
+    def count(self, reached: Any, prompt: Any) -> Any:
+        """How many of `reached` tokens stay, of a prompt of `prompt` tokens: numbers, or integer tensors of them."""
         if self.budget:
-            return min(reached, self.budget)
+            return _at_most(reached, self.budget)
         above, below = self.share.numerator, self.share.denominator
         if self.of == "prompt":
-            return min(reached, max(prompt * above // below, self.least(prompt)))
-        recent = int(self.window(prompt))
-        context = reached - recent
-        if context <= self.floor or above >= below:
+            share, least = prompt * above // below, self.least(prompt)
+            return _at_most(reached, _either(share < least, least, share))
+        if above >= below:
             return reached
-        kept = context * above // below
-        if kept <= self.floor:
-            kept = context if self.stays else self.floor
-        return recent + kept
-
-    def counts(self, reached: Tensor, prompt: Tensor) -> Tensor:
-        """`count` of integer tensors, in arithmetic that an exported graph can hold for any length."""
-        if self.budget:
-            return reached.clamp(max=self.budget)
-        above, below = self.share.numerator, self.share.denominator
         recent = self.window(prompt)
-        if self.of == "prompt":
-            least = _at_most(recent + self.sinks, prompt)
-            return torch.minimum(reached, torch.maximum(prompt * above // below, least))
         context = reached - recent
         kept = context * above // below
-        floor = context if self.stays else torch.full_like(context, self.floor)
-        kept = torch.where(kept <= self.floor, floor, kept)
-        return torch.where((context <= self.floor) | (above >= below), reached, recent + kept)
+        kept = _either(kept <= self.floor, context if self.stays else self.floor, kept)
+        return _either(context <= self.floor, reached, recent + kept)
 
-    def least(self, prompt: int) -> int:
+    def least(self, prompt: Any) -> Any:
         """Tokens that are never dropped, of a prompt of so many."""
-        return min(prompt, self.sinks + int(self.window(prompt)))
+        return _at_most(self.window(prompt) + self.sinks, prompt)
 
     def capacity(self, prompt: int) -> int:
         """Tokens that a store whose tokens replace each other holds, behind a prompt of so many."""
@@ -202,8 +187,11 @@ def _parse(text: str) -> Retention:
 
 def _at_most(value: Any, most: Any) -> Any:
     """The smaller one, for numbers and tensors."""
-    if isinstance(value, int) and isinstance(most, int):
-        return min(value, most)
-    if not isinstance(value, Tensor):
-        value = torch.full_like(most, value)
-    return torch.minimum(value, most) if isinstance(most, Tensor) else value.clamp(max=most)
+    return _either(value > most, most, value)
+
+
+def _either(condition: Any, a: Any, b: Any) -> Any:
+    """a where the condition holds, else b, for numbers and tensors."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b

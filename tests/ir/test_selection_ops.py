@@ -136,4 +136,4 @@ def test_counts_of_tensors_are_counts(rule):
     for part in (1, 2, 3):
         reached = (prompts + part - 1) // part
         expected = [rule.count(int(r), int(n)) for r, n in zip(reached, prompts, strict=True)]
-        assert rule.counts(reached, prompts).tolist() == expected
+        assert rule.count(reached, prompts).tolist() == expected
