@@ -266,10 +266,13 @@ def _survivors(model: Transformed, seed: int, length: int) -> tuple[float, str]:
         cuts = [c.passes for c in model.plan.layers[:owner] if c.passes is not None]
         for row, heads in enumerate(state.positions(owner)):
             for line in heads.tolist():
-                safe = {*range(state.rule(owner).sinks), *range(prompt - int(state.rule(owner).window(prompt)), prompt)}
+                safe = {
+                    *range(state.rules[owner].sinks),
+                    *range(prompt - int(state.rules[owner].window(prompt)), prompt),
+                }
                 wrong += abs(len(line) - count) + (line != sorted(set(line))) + len(set(line) - below[row])
                 wrong += len(safe - set(line)) if not cuts and count < prompt else 0
-            if not state.rule(owner).prunes:
+            if not state.rules[owner].prunes:
                 below[row] = set(heads[0].tolist())
     return float(wrong), f"2 prompts of {prompt} tokens"
 

@@ -96,9 +96,7 @@ class Executor(nn.Module):
         """Run whole prompts [B, S], of `counts` tokens each, whose tokens are dropped by rank; logits [B, 1, V]."""
         ids = input_ids.to(self.device)
         arguments = state.begin(counts, capacity, self.scales)
-        reached = [self.plan.reached(n)[-1] for n in counts]
         arguments |= {"starts": state.lengths, "stops": None, "end": int(ids.shape[1]), "ragged": False}
-        arguments["last"] = torch.tensor(reached, device=self.device) - 1
         for owner in state.stores:
             arguments |= zip(self._names[owner], state.tensors(owner), strict=True)
         arguments |= self._position_tables(0, int(ids.shape[1]))

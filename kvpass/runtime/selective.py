@@ -30,6 +30,7 @@ class SelectiveState(State):
         extras: per owner, positions int32 [B, G, slots] (-1 where there is nothing) and what `EXTRAS` lists.
         thinned: per owner whose text is thinned, the slot of each row below which that is done.
         scales: per owner, the attention scale.
+        rules: per owner, what its store keeps.
     """
 
     prompts: list[int] = field(default_factory=list)
@@ -39,6 +40,11 @@ class SelectiveState(State):
     extras: dict[int, list[Tensor]] = field(default_factory=dict)
     thinned: dict[int, list[int]] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
+    rules: dict[int, Retention] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rules = self.rules or {owner: self.plan.rule(owner) for owner in self.plan.owners()}
+        self._steady: dict[str, Tensor] = {}  # what `decode` is told at every step alike
 
     @staticmethod
     def fresh(plan: CachePlan, batch: int, device: torch.device) -> SelectiveState:
@@ -53,37 +59,30 @@ class SelectiveState(State):
         Nothing is held yet: `fills` says what will be once the prompts were read.
         """
         self.prompts, self.texts, self.scales = list(prompts), list(prompts), scales
-        device = self.lengths.device
-
-        def tensor(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.long, device=device)
-
         reached = [self.plan.reached(n) for n in prompts]
         kept = [self.plan.kept(n) for n in prompts]
-        told: dict[str, Any] = {"prompt": tensor(self.prompts)}
+        told: dict[str, Any] = {"prompt": self._tensor(prompts), "last": self._tensor([r[-1] for r in reached]) - 1}
         for cache in self.plan:
             if cache.passes is not None:
                 counts = [r[cache.layer + 1] for r in reached]
-                told |= {f"count_{cache.layer}": tensor(counts), f"width_{cache.layer}": max(counts)}
-        for owner in self.plan.owners():
-            rule = self.rule(owner)
+                told |= {f"count_{cache.layer}": self._tensor(counts), f"width_{cache.layer}": max(counts)}
+        for owner, rule in self.rules.items():
             self.fills[owner] = [k[owner] for k in kept]
-            told |= {f"keep_{owner}": tensor(self.fills[owner]), f"keep_width_{owner}": max(self.fills[owner])}
+            told |= {f"keep_{owner}": self._tensor(self.fills[owner]), f"keep_width_{owner}": max(self.fills[owner])}
             if rule.then == "replace":
                 self.budgets[owner] = [rule.capacity(n) for n in prompts]
             if rule.then == "thin":
                 self.thinned[owner] = [n - rule.lead for n in self.fills[owner]]
-        self.max_length = max(prompts)
+        self.refresh()
         self._make(capacity, batch=len(prompts))
         return told
 
-    def rule(self, owner: int) -> Retention:
-        """What an owner's store keeps."""
-        return self.plan.rule(owner)
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.lengths.device)
 
     def _slots(self, owner: int, capacity: int) -> int:
         """Slots that an owner needs for text of up to `capacity` tokens."""
-        if self.rule(owner).then == "replace":
+        if self.rules[owner].then == "replace":
             return min(max(self.budgets[owner]), max(capacity, self.max_length)) + 1
         more = capacity - min(self.prompts)
         return max(self.fills[owner]) + max(0, more)
@@ -92,8 +91,8 @@ class SelectiveState(State):
         """Allocate, or make more room, keeping what is held."""
         self.capacity = capacity
         device = self.lengths.device
-        for owner in self.plan.owners():
-            cache, layout, rule = self.plan[owner], self.plan.layout(owner), self.rule(owner)
+        for owner, rule in self.rules.items():
+            cache, layout = self.plan[owner], self.plan.layout(owner)
             slots = self._slots(owner, capacity)
             groups = cache.kv_heads if rule.apart else 1
             specs = layout.specs(cache.key_dim, cache.value_dim, cache.dtype, slots)
@@ -104,7 +103,7 @@ class SelectiveState(State):
                 extra.append(((batch, groups, slots), torch.float32, 0))
             held = self.extras.get(owner)
             if rule.then == "thin":
-                rows = int(rule.window(max(capacity, self.max_length)))
+                rows = rule.window(max(capacity, self.max_length))
                 queries = (batch, cache.heads, rows, cache.key_dim)
                 extra += [(queries, cache.dtype, 0), (queries[:3], torch.float32, 0), ((batch, rows), torch.int32, -1)]
                 if held is not None and held[1].shape[2] != rows:
@@ -123,36 +122,29 @@ class SelectiveState(State):
 
     def told(self, count: int) -> dict[str, Any]:
         """What `decode` has to be told of each owner for `count` more tokens per row."""
-        arguments: dict[str, Any] = {}
-        device = self.lengths.device
-
-        def tensor(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.long, device=device)
-
+        if not self._steady:
+            for owner, fills in self.fills.items():
+                recents = [self.rules[owner].window(n) for n in self.prompts]
+                self._steady[f"budget_{owner}"] = self._tensor(self.budgets.get(owner, fills))
+                self._steady[f"recent_{owner}"] = self._tensor(recents)
+        arguments: dict[str, Any] = dict(self._steady)
         for owner, fills in self.fills.items():
             arguments |= {
-                f"fill_{owner}": tensor(fills),
+                f"fill_{owner}": self._tensor(fills),
                 f"end_{owner}": max(fills) + count,
                 f"ragged_{owner}": len(set(fills)) > 1,
             }
-            recents = [int(self.rule(owner).window(n)) for n in self.prompts]
-            arguments |= {f"budget_{owner}": tensor(self.budgets.get(owner, fills)), f"recent_{owner}": tensor(recents)}
         return arguments
 
     def advance(self, counts: Tensor | int) -> None:
         """Record that each row took `counts` tokens more, and thin what has grown old."""
-        before = self.texts
         steps = [counts] * self.batch if isinstance(counts, int) else [int(c) for c in counts.tolist()]
-        self.texts = [n + step for n, step in zip(before, steps, strict=True)]
+        self.texts = [n + step for n, step in zip(self.texts, steps, strict=True)]
         super().advance(counts)
         for owner, fills in self.fills.items():
-            then, where = self.rule(owner).then, self.extras[owner][0]
             for row, step in enumerate(steps):
-                if then == "append":
-                    new = torch.arange(step, device=where.device) + before[row]
-                    where[row, :, fills[row] : fills[row] + step] = new.to(where.dtype)
                 fills[row] += step
-                if then == "replace":
+                if owner in self.budgets:
                     fills[row] = min(fills[row], self.budgets[owner][row])
         self._thin()
 
@@ -168,8 +160,8 @@ class SelectiveState(State):
         first = self.plan.owners()[0]
         for row, length in enumerate(list(self.fills[first])):
             for owner, done in self.thinned.items():
-                rule = self.rule(owner)
-                window = int(rule.window(length))
+                rule = self.rules[owner]
+                window = rule.window(length)
                 while self.fills[owner][row] - window - done[row] >= rule.block:
                     begin = self.fills[owner][row] - window - rule.block
                     fill = thin(
@@ -180,11 +172,15 @@ class SelectiveState(State):
                     done[row] = fill - window
 
     def positions(self, owner: int) -> list[Tensor]:
-        """Per row, where the tokens that an owner's store holds stand, [G, fill] in ascending order."""
+        """Per row, where the tokens that an owner's store holds stand, [G, fill] in ascending order.
+
+        A store that only grows writes positions for the prompt alone: what follows it lies in order.
+        """
         found = []
-        for row in self.extras[owner][0]:
-            held = [line[line >= 0].sort().values for line in row]
-            found.append(torch.stack(held))
+        for row, fill, text in zip(self.extras[owner][0], self.fills[owner], self.texts, strict=True):
+            held = torch.stack([line[line >= 0].sort().values for line in row])
+            following = torch.arange(text - fill + held.shape[1], text, device=held.device, dtype=held.dtype)
+            found.append(torch.cat([held, following.expand(len(held), -1)], dim=1))
         return found
 
     def used_bytes(self) -> int:
@@ -208,6 +204,7 @@ class SelectiveState(State):
         for numbers in (self.fills, self.budgets, self.thinned):
             for owner, per_row in numbers.items():
                 numbers[owner] = [per_row[row] for row in wanted]
+        self._steady = {}
         self.prompts, self.texts = ([numbers[row] for row in wanted] for numbers in (self.prompts, self.texts))
         self.refresh()
 
@@ -224,6 +221,7 @@ class SelectiveState(State):
             extras={owner: [t.clone() for t in ts] for owner, ts in self.extras.items()},
             thinned={owner: list(n) for owner, n in self.thinned.items()},
             scales=self.scales,
+            rules=self.rules,
         )
         copied.refresh()
         return copied
