@@ -290,6 +290,12 @@ class PrunePyramid(Pass):
             cache = plan[site.layer]
             ruled = cache.passes is not None or cache.keeps is not None
             if cache.keeps is not None and self.thin:
+                if site.optional("alibi_slopes") is not None:
+                    raise UnsupportedError(
+                        f"layer {site.layer} knows positions by ALiBi, which thinning generated text does not count",
+                        where=f"layer {site.layer} of {program.facts.family}",
+                        fix="leave out thin=True",
+                    )
                 site.node.kwargs = {**site.node.kwargs, "keeps": str(cache.keeps)}
             changed += ruled
             details.append(

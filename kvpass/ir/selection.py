@@ -328,6 +328,7 @@ def thin(
     fill: int,
     window: int,
     scale: float,
+    softcap: float,
     newest: int,
 ) -> int:
     """Thin one row's generated tokens begin .. begin+block-1 (slots) by the queries at the `window` positions up to
@@ -342,7 +343,7 @@ def thin(
     at = torch.arange(newest - window + 1, newest + 1, device=where.device)
     slot = at % queries.shape[2]
     keys = layout.entries([t[row : row + 1, :, begin : begin + said.block] for t in tensors], said.block, queries.dtype)
-    scores = scored(queries[:, :, slot], keys[0], None, None, scale, 0.0)
+    scores = scored(queries[:, :, slot], keys[0], None, None, scale, softcap)
     shares = torch.exp(scores - lse[:, :, slot].view(*scores.shape[:4], 1))
     weight = torch.linspace(1, said.slope, window, device=where.device, dtype=shares.dtype)
     weight = weight * (asked[0, slot] == at)

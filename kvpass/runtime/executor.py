@@ -65,7 +65,9 @@ class Executor(nn.Module):
             for entry, graph in folded.entries.items()
         }
         self.one_by_one = any(n.target is ATTEND_KEPT for n in folded.entries["decode"].nodes)
-        self.scales = {site.layer: float(site.option("scale")) for site in SiteFinder(folded)}
+        self.scales = {
+            site.layer: (float(site.option("scale")), float(site.option("softcap"))) for site in SiteFinder(folded)
+        }
         self._counts = movable(SiteFinder(folded), self.inserted) if plan.bounded else []
         shapes = folded.shapes()
         self._table_dtypes = {t.node: shapes[t.node].dtype for t in self.inserted.tables}

@@ -29,7 +29,7 @@ class SelectiveState(State):
         budgets: per owner whose tokens replace each other, how many it holds of each row.
         extras: per owner, positions int32 [B, G, slots] (-1 where there is nothing) and what `EXTRAS` lists.
         thinned: per owner whose text is thinned, the slot of each row below which that is done.
-        scales: per owner, the attention scale.
+        scales: per owner, the scale and the soft cap of its attention.
         rules: per owner, what its store keeps.
     """
 
@@ -39,7 +39,7 @@ class SelectiveState(State):
     budgets: dict[int, list[int]] = field(default_factory=dict)
     extras: dict[int, list[Tensor]] = field(default_factory=dict)
     thinned: dict[int, list[int]] = field(default_factory=dict)
-    scales: dict[int, float] = field(default_factory=dict)
+    scales: dict[int, tuple[float, float]] = field(default_factory=dict)
     rules: dict[int, Retention] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class SelectiveState(State):
 
     # ------------------------------------------------------------------ sizes
 
-    def begin(self, prompts: list[int], capacity: int, scales: dict[int, float]) -> dict[str, Any]:
+    def begin(self, prompts: list[int], capacity: int, scales: dict[int, tuple[float, float]]) -> dict[str, Any]:
         """Make room for prompts of these lengths, and for text up to `capacity` tokens; what `prefill` has to be told.
 
         Nothing is held yet: `fills` says what will be once the prompts were read.
@@ -166,7 +166,7 @@ class SelectiveState(State):
                     begin = self.fills[owner][row] - window - rule.block
                     fill = thin(
                         rule, self.plan.layout(owner), self.tensors(owner), row, begin, self.fills[owner][row], window,
-                        self.scales[owner], self.texts[row] - 1,
+                        *self.scales[owner], self.texts[row] - 1,
                     )  # fmt: skip
                     self.fills[owner][row] = fill
                     done[row] = fill - window

@@ -322,7 +322,9 @@ def test_generated_text_is_thinned_and_the_prompt_is_not():
     assert [slim.plan[layer].keeps.thinned for layer in range(5)] == [14, 14, 10, 14, 3]
 
 
-def test_thinning_drops_what_the_latest_queries_care_least_for():
+@pytest.mark.parametrize("family", ["llama", "soft-capped"])
+def test_thinning_drops_what_the_latest_queries_care_least_for(family):
+    name, options = FAMILIES[family]
     tokens = ids(1, 60, seed=8)
     window, kept = 8, {}
     step = PrunePyramid(schedule="pyramidinfer", decay=1.0, thin=True, strategy="constant", thin_decay=0.5, **SMALL)
@@ -352,14 +354,19 @@ def test_thinning_drops_what_the_latest_queries_care_least_for():
         kept[layer] = alive
         return out
 
-    expected = reference("llama", tokens, read)[:, 29:]
-    slim = changed(captured("llama"), step)
+    expected = reference(name, tokens, read, **options)[:, 29:]
+    slim = changed(captured(name, **options), step)
     logits, state = slim.prefill(tokens[:, :30])
     found = [logits.unsqueeze(1), *(slim.decode(tokens[:, t : t + 1], state) for t in range(30, 60))]
     for layer, alive in kept.items():
         assert len(alive) == 60 - 9
         assert state.positions(layer)[0][0].tolist() == alive
     assert error(torch.cat(found, dim=1), expected) < EXACT
+
+
+def test_thinning_does_not_count_alibi():
+    with pytest.raises(UnsupportedError, match="layer 0 knows positions by ALiBi"):
+        changed(captured("bloom"), PrunePyramid(schedule="pyramidinfer", thin=True, **SMALL))
 
 
 def test_many_tokens_at_once_are_the_same_as_one_by_one():
