@@ -17,6 +17,7 @@ from kvpass.ir.storage import SafetensorsStore, StreamWriter
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
+    from kvpass.runtime.executor import Backend
     from kvpass.runtime.transformed import Transformed
 
 MARKER = "kvpass.json"
@@ -65,7 +66,7 @@ def save(model: Transformed, folder: Path, *, overwrite: bool) -> Path:
     return folder
 
 
-def load(folder: str | Path, *, device: str | torch.device | None = None) -> Transformed:
+def load(folder: str | Path, *, device: str | torch.device | None = None, backend: Backend = "auto") -> Transformed:
     """Read what `Transformed.save` wrote.
 
     Raises:
@@ -110,7 +111,8 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Tra
     recorded = document["report"]
     report = Report(recorded["model"], recorded["family"], [PassRecord(**p) for p in recorded["passes"]])
     report.notes, report.quality = recorded["notes"], recorded["quality"]
-    return Transformed(program, report, choose_device(device), Recipe.parse(document["recipe"], str(marker)))
+    recipe = Recipe.parse(document["recipe"], str(marker))
+    return Transformed(program, report, choose_device(device), recipe, backend=backend)
 
 
 def copy_companions(source: str | None, target: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,6 +25,7 @@ from kvpass.passes.base import Context, Pass
 from kvpass.passes.evict_kv import EvictKV
 from kvpass.passes.prune_pyramid import PrunePyramid
 from kvpass.recipe import Recipe
+from kvpass.runtime.executor import Backend, choose_backend
 from kvpass.runtime.transformed import Transformed
 from kvpass.verification import check_cache, check_finite, check_tokens_apart
 
@@ -37,7 +38,7 @@ def transform(
     *,
     calibration: Calibration | None = None,
     verify: Verify = "fast",
-    backend: Literal["auto", "reference"] = "auto",
+    backend: Backend = "auto",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -51,7 +52,8 @@ def transform(
         recipe: passes, a `Recipe`, or the path of a TOML file; nothing gives the model as it is, with kvpass's cache.
         calibration: a text file, strings, or token-id tensors; needed by what is fitted, used by what can be.
         verify: "off", "fast" (bounded: structure always, numbers for models under 1 GB) or "full".
-        backend: "reference" computes in plain torch; "auto" picks the best there is for the device.
+        backend: "triton" computes attention with fused kernels, "reference" in plain torch; "auto" takes kernels on a
+            GPU. `Transformed.lowering` tells what runs where.
         device: where to compute; a GPU when there is one.
         dtype: what to compute in; by default the checkpoint's on a GPU, float32 on a CPU.
         seed: for everything random.
@@ -60,10 +62,9 @@ def transform(
     Raises:
         KvpassError: with what went wrong, where, and what to do.
     """
-    if backend not in ("auto", "reference"):
-        raise RequestError(f"there is no backend {backend!r}", fix="choose 'auto' or 'reference'")
     steps = Recipe.of(recipe).passes
     place = choose_device(device)
+    choose_backend(backend, place)
     compute = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else None)
     earlier = source.recipe.passes if isinstance(source, Transformed) else ()
     program = source.program if isinstance(source, Transformed) else capture(source, compute)
@@ -81,7 +82,7 @@ def transform(
             check_finite(program)
             check_tokens_apart(program, place)
         rewritten, report = run(program, steps, context, verify)
-        model = Transformed(rewritten, report, place, Recipe((*earlier, *steps)), original=program)
+        model = Transformed(rewritten, report, place, Recipe((*earlier, *steps)), original=program, backend=backend)
         if numbers:
             report.notes.append(_cache_note(model, seed))
         return model

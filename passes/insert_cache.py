@@ -334,9 +334,10 @@ def _attend_prompt(
     held = cache[: split + 1] if rule.then == "replace" else cache[:split]
     kept_ranks = ranks if rule.then == "replace" else None
     layout = str(entry.plan.layout(layer))
-    insert_call(entry.graph, copied, KEEP, k, v, held, level.lengths, level.positions, index, kept_ranks, layout=layout)
+    kept = {"layout": layout, "layer": layer}
+    insert_call(entry.graph, copied, KEEP, k, v, held, level.lengths, level.positions, index, kept_ranks, **kept)
     if rule.then == "thin":
-        options = {name: site.option(name) for name in ("scale", "softcap", "kv_format")}
+        options = {name: site.option(name) for name in ("scale", "softcap", "kv_format", "layer")}
         sink_logits = _learned(site)[0]
         learned = None if sink_logits is None else entry.mapping[sink_logits]
         q = entry.mapping[site.q]

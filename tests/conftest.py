@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+
+import torch
+
+# Triton reads it at its first import and never again; workers of xdist inherit it. Kernels are compiled in other
+# processes (`kvpass.kernels.aot`), because an interpreted function cannot be.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # a shell starts background jobs with Ctrl-C ignored, and so would every process that the tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -72,7 +72,7 @@ def trace(
     finally:
         for part in training:
             part.training = True
-    if any(writes(n) for n in exported.graph.nodes):
+    if any(writes(n) and _does_nothing(n) is None for n in exported.graph.nodes):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = exported.run_decompositions({})  # the same ops, each writing a tensor of its own

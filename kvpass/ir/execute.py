@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from kvpass.errors import KvpassError
 
 WeightReader = Callable[[str], Tensor]
+Caller = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
@@ -47,18 +48,51 @@ def in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return sorted(nodes)
 
 
+def _call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return target(*args, **kwargs)
+
+
+def call_on_meta(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an op of which only shapes are asked. Layers repeat each other: what was asked before is remembered."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return target(*args, **kwargs)
+    key = (target, torch.get_default_dtype(), _described(args), _described(kwargs))
+    if key not in _known:
+        if len(_known) >= _REMEMBERED:
+            _known.clear()
+        _known[key] = target(*args, **kwargs)
+    return _known[key]
+
+
+_REMEMBERED = 1 << 14
+_known: dict[Any, Any] = {}
+
+
+def _described(value: Any) -> Any:
+    """What an op on the meta device can know of an argument."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, list | tuple):
+        return tuple(_described(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple((k, _described(v)) for k, v in value.items())
+    return type(value), value  # 1, 1.0 and True are equal
+
+
 def evaluate(
     outputs: Sequence[fx.Node],
     given: Mapping[fx.Node, Any],
     weight: WeightReader,
     device: str | torch.device = "cpu",
     widen: Callable[[torch.dtype], torch.dtype] | None = None,
-    lowered: Mapping[Any, Callable[..., Any]] | None = None,
+    lowered: Mapping[Any, Any] | None = None,
+    call: Caller = _call,
 ) -> list[Any]:
     """Values of `outputs`, computed from the values in `given`; weights are read through `weight` by name.
 
     Every device that the graph names is replaced by `device`; every dtype by what `widen` makes of it; every target by
-    what `lowered` has for it. Errors raised inside an op are passed on with the node.
+    what `lowered` has for its node or for it, and called by `call`. Errors raised inside an op are passed on with the
+    node.
     """
     target_device = torch.device(device)
     needed = in_order(ancestors(outputs, given))
@@ -90,12 +124,13 @@ def evaluate(
         if node.op == "get_attr":
             env[node] = weight(str(node.target))
         elif node.op == "call_function":
-            target = node.target if lowered is None else lowered.get(node.target, node.target)
+            target = node.target
+            if lowered is not None:
+                target = lowered.get(node, lowered.get(target, target))
             assert callable(target)
             try:
-                env[node] = target(
-                    *(value_of(a) for a in node.args), **{k: value_of(v) for k, v in node.kwargs.items()}
-                )
+                arguments = tuple(value_of(a) for a in node.args)
+                env[node] = call(target, arguments, {k: value_of(v) for k, v in node.kwargs.items()})
             except KvpassError:
                 raise
             except Exception as error:

@@ -215,43 +215,73 @@ def prune_reference(x: Tensor, *, layer: int, rule: str) -> Tensor:
     return x
 
 
-def _op(name: str, reference: Callable[..., Tensor | None], changes: tuple[str, ...] = ()) -> CustomOpDef:
-    """The op `kvpass::name`, which has the signature of its reference and means the same."""
+def make_op(
+    namespace: str,
+    name: str,
+    function: Callable[..., Tensor | None],
+    fake: Callable[..., Tensor | None],
+    changes: tuple[str, ...] = (),
+) -> CustomOpDef:
+    """The op `namespace::name`, which has the signature of a function and means the same; `fake` tells its shapes."""
 
-    @functools.wraps(reference)
+    op = torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=changes)
+    op.register_fake(fake)
+    return op
+
+
+def _fresh(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """A function whose result is a contiguous tensor of its own, as an op's must be."""
+
+    @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Tensor | None:
-        found = reference(*arguments, **options)
+        found = function(*arguments, **options)
         if found is None:
             return None
         return found.clone() if any(found is a for a in arguments) else found.contiguous()
 
-    return torch.library.custom_op(f"kvpass::{name}", call, mutates_args=changes)
+    return call
 
 
-feedback = _op("feedback", feedback_reference)
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
-@feedback.register_fake
+def _attend_shared_fake(q: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], options["value_dim"]))
+
+
 def _feedback_fake(input_ids: Tensor, **options: Any) -> Tensor:
     shape = (input_ids.shape[0], options["kv_heads"], input_ids.shape[1], options["dim"])
     return input_ids.new_empty(shape, dtype=options["dtype"])
 
 
-attention = _op("attention", attention_reference)
+def _prune_fake(x: Tensor, **options: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@attention.register_fake
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+def _column_mass_fake(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
+    rule = Retention.parse(options["rule"])
+    dtype = torch.float64 if q.dtype == torch.float64 and rule.by in ("mass", "persistence") else torch.float32
+    return q.new_empty((q.shape[0], k.shape[1] if rule.apart else 1, k.shape[2]), dtype=dtype)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+def _survivors_fake(ranks: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return ranks.new_empty((*ranks.shape[:2], options["width"]), dtype=torch.long)
+
+
+def _nothing_fake(*arguments: Any, **options: Any) -> None:
+    return None
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    """Keep what the gradient of attention is computed from again."""
     ctx.save_for_backward(*inputs)
     ctx.needed = [t is not None and t.is_floating_point() and t.requires_grad for t in inputs]
     ctx.options = keyword_only_inputs
 
 
-def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of attention: that of its reference."""
     saved = ctx.saved_tensors
     with torch.enable_grad():
         inputs: list[Any] = [
@@ -264,85 +294,26 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(next(grads) if need else None for need in ctx.needed)
 
 
-attention.register_autograd(_attention_backward, setup_context=_save_for_backward)
-
-
-attend = _op("attend", attend_reference, changes=("cache",))
-
-
-@attend.register_fake
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
-
-
-attend_shared = _op("attend_shared", attend_shared_reference)
-
-
-@attend_shared.register_fake
-def _attend_shared_fake(q: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], options["value_dim"]))
-
-
-prune = _op("prune", prune_reference)
-
-
-@prune.register_fake
-def _prune_fake(x: Tensor, **options: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-prune.register_autograd(lambda ctx, grad: grad)
-
-column_mass = _op("column_mass", column_mass_reference)
-
-
-@column_mass.register_fake
-def _column_mass_fake(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
-    rule = Retention.parse(options["rule"])
-    dtype = torch.float64 if q.dtype == torch.float64 and rule.by in ("mass", "persistence") else torch.float32
-    return q.new_empty((q.shape[0], k.shape[1] if rule.apart else 1, k.shape[2]), dtype=dtype)
-
-
-survivors = _op("survivors", survivors_reference)
-
-
-@survivors.register_fake
-def _survivors_fake(ranks: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return ranks.new_empty((*ranks.shape[:2], options["width"]), dtype=torch.long)
-
-
-keep = _op("keep", keep_reference, changes=("cache",))
-observe = _op("observe", observe_reference, changes=("cache",))
-
-
-@keep.register_fake
-def _keep_fake(*arguments: Any, **options: Any) -> None:
-    return None
-
-
-@observe.register_fake
-def _observe_fake(*arguments: Any, **options: Any) -> None:
-    return None
-
-
-attend_kept = _op("attend_kept", attend_kept_reference, changes=("cache",))
-
-
-@attend_kept.register_fake
-def _attend_kept_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
-
-
-REFERENCES: dict[Any, Any] = {
-    torch.ops.kvpass.prune.default: prune_reference,
-    torch.ops.kvpass.column_mass.default: column_mass_reference,
-    torch.ops.kvpass.survivors.default: survivors_reference,
-    torch.ops.kvpass.keep.default: keep_reference,
-    torch.ops.kvpass.observe.default: observe_reference,
-    torch.ops.kvpass.attend_kept.default: attend_kept_reference,
-    torch.ops.kvpass.attention.default: attention_reference,
-    torch.ops.kvpass.attend.default: attend_reference,
-    torch.ops.kvpass.attend_shared.default: attend_shared_reference,
-    torch.ops.kvpass.feedback.default: feedback_reference,
+_OPS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None], tuple[str, ...]]] = {
+    "attention": (attention_reference, _attention_fake, ()),
+    "attend": (attend_reference, _attention_fake, ("cache",)),
+    "attend_shared": (attend_shared_reference, _attend_shared_fake, ()),
+    "feedback": (feedback_reference, _feedback_fake, ()),
+    "prune": (prune_reference, _prune_fake, ()),
+    "column_mass": (column_mass_reference, _column_mass_fake, ()),
+    "survivors": (survivors_reference, _survivors_fake, ()),
+    "keep": (keep_reference, _nothing_fake, ("cache",)),
+    "observe": (observe_reference, _nothing_fake, ("cache",)),
+    "attend_kept": (attend_kept_reference, _attention_fake, ("cache",)),
 }
+_made = {
+    name: make_op("kvpass", name, _fresh(reference), fake, changes) for name, (reference, fake, changes) in _OPS.items()
+}
+_made["attention"].register_autograd(attention_backward, setup_context=save_for_backward)
+_made["prune"].register_autograd(lambda ctx, grad: grad)
+
+REFERENCES: dict[Any, Any] = {getattr(torch.ops.kvpass, name).default: parts[0] for name, parts in _OPS.items()}
 """What the torch lowering calls in place of each op: the same meaning without the dispatcher's cost per call."""
+
+FAKES: dict[Any, Any] = {getattr(torch.ops.kvpass, name).default: parts[1] for name, parts in _OPS.items()}
+"""What tells the shapes of each op's result."""

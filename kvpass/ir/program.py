@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 import kvpass.ir.ops  # noqa: F401  (registers the dialect)
-from kvpass.ir.execute import ancestors, evaluate, in_order
+from kvpass.ir.execute import ancestors, call_on_meta, evaluate, in_order
 
 ATTENTION = torch.ops.kvpass.attention.default
 ATTEND = torch.ops.kvpass.attend.default
@@ -155,7 +155,7 @@ class Program:
         nodes = [n for n in graph.nodes if n.op not in ("output", "placeholder")]
         ids = placeholder(graph, "input_ids")
         given: dict[fx.Node, Any] = {ids: torch.zeros((batch, length), dtype=torch.long, device="meta")}
-        values = evaluate(nodes, given, self.meta, "meta")
+        values = evaluate(nodes, given, self.meta, "meta", call=call_on_meta)
         return dict(zip(nodes, values, strict=True)) | given
 
     def parameter_bytes(self) -> int:
@@ -255,15 +255,22 @@ def sweep(graph: fx.Graph) -> int:
 
 
 def to_module(
-    program: Program, entry: str, tensors: Mapping[str, Tensor], device: torch.device | None = None
+    program: Program,
+    entry: str,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | None = None,
+    lowered: Mapping[fx.Node, Any] | None = None,
 ) -> fx.GraphModule:
-    """A callable module for one entry, with dialect ops replaced by what computes them on this machine."""
+    """A callable module for one entry, with dialect ops replaced by what `lowered` has for them or their references."""
     from kvpass.ir.ops import REFERENCES
 
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(program.entries[entry], mapping)
     graph.output(result)
+    for node, target in (lowered or {}).items():
+        if node in mapping:
+            mapping[node].target = target
     for node in graph.nodes:
         if node.op == "call_function" and node.target in REFERENCES:
             node.target = REFERENCES[node.target]

@@ -86,9 +86,14 @@ class Retention:
         wanted = length * self.recent_share.numerator // self.recent_share.denominator + 1
         return _at_most(_at_most(wanted, self.recent) if self.recent else wanted, length)
 
+    @property
+    def attends(self) -> bool:
+        """Whether ranks are made of attention."""
+        return self.by not in ("random", "recent")
+
     def observed(self, length: int) -> int:
         """Queries that are asked, of a prompt of so many tokens."""
-        if self.by in ("random", "recent"):
+        if not self.attends:
             return 0
         if self.rows < 0:
             return max(1, int(self.window(length)))

@@ -8,6 +8,9 @@ Shapes: B batch, S queries, T keys, H query heads, Hkv KV heads, G rows of ranks
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -49,29 +52,17 @@ def column_mass_reference(
     kv_heads, keys = k.shape[1], k.shape[2]
     order = torch.arange(keys, device=k.device).unsqueeze(0)
     key_pos = order if k_positions is None else k_positions
-    if said.by in ("random", "recent"):
-        groups, spread = kv_heads if said.apart else 1, key_pos.unsqueeze(1)
-        value = noise(spread, groups, layer) if said.by == "random" else spread.float()
-        return value.expand(batch, groups, keys)
+    if not said.attends:
+        return unattended(said, key_pos.expand(batch, -1), kv_heads, layer)
     fmt = KVFormat.parse(kv_format)
     k = k if fmt.full else fake_tokens(k, fmt)
     most = min(said.observed(longest), length)
-    asked = lengths if said.rows == 0 else said.window(prompt) if said.rows < 0 else torch.full_like(lengths, said.rows)
-    asked = torch.minimum(asked.clamp(min=1), lengths)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     total = torch.zeros((batch, kv_heads if said.apart else 1, keys), dtype=dtype, device=q.device)
     seen_key = key_pos.view(-1, 1, 1, 1, keys)
-    rows = torch.arange(batch, device=q.device).unsqueeze(1)
     for start in range(0, most, ROWS):
-        step = torch.arange(start, min(start + ROWS, most), device=q.device)
-        place = lengths.unsqueeze(1) - most + step  # [B, R]
-        nth = place - (lengths - asked).unsqueeze(1)  # of the observed queries, from 0
-        weight = 1 + (said.slope - 1) * nth.to(dtype) / (asked - 1).clamp(min=1).unsqueeze(1)
-        weight = torch.where(nth >= 0, weight, 0.0)
-        if said.rows:  # a mean over the latest queries, but a sum over all
-            weight = weight / asked.unsqueeze(1)
-        place = place.clamp(min=0)
-        where = place if q_positions is None else q_positions.gather(1, place)
+        rows = range(start, min(start + ROWS, most))
+        chosen, where, weight = observed(said, q, lengths, prompt, q_positions, most, rows)
         query_pos = where.view(batch, 1, 1, -1, 1)
         seen = visible(query_pos, seen_key, causal=causal, strict=strict, window=window, sinks=sinks)
         present = seen_key >= 0
@@ -80,7 +71,7 @@ def column_mass_reference(
         if alibi_slopes is not None:
             slopes = alibi_slopes.float().view(1, kv_heads, heads // kv_heads, 1, 1)
             bias = slopes * (seen_key - query_pos).float()
-        scores = scored(q[rows, :, place].transpose(1, 2), k, seen, bias, scale, softcap)
+        scores = scored(chosen, k, seen, bias, scale, softcap)
         shares = shared_out(scores, sink_logits, may_be_empty=True)
         if said.by == "persistence":
             shares = shares.mean(dim=2, keepdim=True)
@@ -90,6 +81,39 @@ def column_mass_reference(
         mass = torch.einsum("bngrt,br->bnt", shares.to(dtype), weight) / shares.shape[2]
         total += mass if said.apart else mass.mean(dim=1, keepdim=True)
     return total
+
+
+def unattended(said: Retention, key_pos: Tensor, kv_heads: int, layer: int) -> Tensor:
+    """Ranks [B, G, T] of keys at positions [B, T] by a rule that looks at no attention."""
+    groups, spread = kv_heads if said.apart else 1, key_pos.unsqueeze(1)
+    value = noise(spread, groups, layer) if said.by == "random" else spread.float()
+    return value.expand(len(key_pos), groups, -1)
+
+
+def observed(
+    said: Retention,
+    q: Tensor,
+    lengths: Tensor,
+    prompt: Tensor,
+    q_positions: Tensor | None,
+    most: int,
+    rows: range,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those numbered `rows` of each row's `most` latest queries of q [B, H, S, D]: [B, H, R, D], their positions
+    [B, R], and what each of them weighs in a rank [B, R], which is 0 for one that the rule does not ask."""
+    asked = lengths if said.rows == 0 else said.window(prompt) if said.rows < 0 else torch.full_like(lengths, said.rows)
+    asked = torch.minimum(asked.clamp(min=1), lengths)
+    step = torch.arange(rows.start, rows.stop, device=q.device)
+    place = lengths.unsqueeze(1) - most + step  # [B, R]
+    nth = place - (lengths - asked).unsqueeze(1)  # of the observed queries, from 0
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    weight = 1 + (said.slope - 1) * nth.to(dtype) / (asked - 1).clamp(min=1).unsqueeze(1)
+    weight = torch.where(nth >= 0, weight, 0.0)
+    if said.rows:  # a mean over the latest queries, but a sum over all
+        weight = weight / asked.unsqueeze(1)
+    place = place.clamp(min=0)
+    where = place if q_positions is None else q_positions.gather(1, place)
+    return q[torch.arange(len(q), device=q.device).unsqueeze(1), :, place].transpose(1, 2), where, weight
 
 
 def noise(positions: Tensor, groups: int, layer: int) -> Tensor:
@@ -135,6 +159,7 @@ def keep_reference(
     ranks: Tensor | None = None,
     *,
     layout: str,
+    layer: int = -1,
 ) -> None:
     """Write a prompt's k [B, Hkv, T, D] and v, or what `index` [B, G, W] chose of them, into a fresh store.
 
@@ -142,24 +167,32 @@ def keep_reference(
     `positions` [B, T] says; with `ranks` [B, G, T], another one of that shape for these. Rows hold `lengths` [B]
     tokens; an index below 0 is none.
     """
+    *store, _ = note_kept(cache, lengths, positions, k.shape[2], index, ranks)
+    if index is not None:
+        k, v = (take(x, index.clamp(min=0)) for x in (k, v))
+    Layout.parse(layout).fill(store, k, v)
+
+
+def note_kept(
+    cache: list[Tensor], lengths: Tensor, positions: Tensor, keys: int, index: Tensor | None, ranks: Tensor | None
+) -> list[Tensor]:
+    """Write down where the entries of a fresh store stand, and their ranks; the tensors of its layout, and where."""
     if ranks is not None:
         *cache, held = cache
         held.zero_()
         chosen = ranks if index is None else ranks.gather(2, index.clamp(min=0))
         held[:, :, : chosen.shape[2]] = chosen
-    *store, where = cache
+    where = cache[-1]
     groups = where.shape[1]
     if index is None:
-        stays = torch.arange(k.shape[2], device=k.device) < lengths.view(-1, 1, 1)
+        stays = torch.arange(keys, device=where.device) < lengths.view(-1, 1, 1)
         places = positions.unsqueeze(1)
     else:
         stays = index >= 0
-        chosen = index.clamp(min=0)
-        places = positions.unsqueeze(1).expand(-1, index.shape[1], -1).gather(2, chosen)
-        k, v = (take(x, chosen) for x in (k, v))
+        places = positions.unsqueeze(1).expand(-1, index.shape[1], -1).gather(2, index.clamp(min=0))
     where.fill_(-1)
-    where[:, :, : k.shape[2]] = torch.where(stays, places, -1).expand(-1, groups, -1).to(where.dtype)
-    Layout.parse(layout).fill(store, k, v)
+    where[:, :, : stays.shape[2]] = torch.where(stays, places, -1).expand(-1, groups, -1).to(where.dtype)
+    return cache
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -183,18 +216,32 @@ def observe_reference(
     scale: float,
     softcap: float = 0.0,
     kv_format: str = "",
+    layer: int = -1,
 ) -> None:
     """Remember a prompt's latest queries and their log-sum-exps, for ranking tokens later without stored attention.
 
     `cache` are queries [B, H, W, D], lse [B, H, W] and asked, int32 [B, W]: the positions of the queries, -1 for none.
     The query at position p lies in slot p mod W. q [B, H, S, D] and k [B, Hkv, S, D] are causal, in order.
     """
-    queries, lse, asked = cache
     fmt = KVFormat.parse(kv_format)
     k = k if fmt.full else fake_tokens(k, fmt)
+    order = torch.arange(k.shape[2], device=q.device)
+
+    def sums(chosen: Tensor, place: Tensor) -> Tensor:
+        seen = order <= place.view(len(q), 1, 1, -1, 1)
+        return _log_sum(scored(chosen, k, seen, None, scale, softcap), sink_logits)
+
+    note_observed(sums, q, cache, lengths, positions)
+
+
+def note_observed(
+    sums: Callable[[Tensor, Tensor], Tensor], q: Tensor, cache: list[Tensor], lengths: Tensor, positions: Tensor
+) -> None:
+    """Write each row's latest queries into their store; `sums` gives the log-sum-exps [B, H, W] of queries
+    [B, H, W, D] at [B, W] of the prompt."""
+    queries, lse, asked = cache
     most = min(queries.shape[2], q.shape[2])
     rows = torch.arange(len(q), device=q.device).unsqueeze(1)
-    order = torch.arange(k.shape[2], device=q.device)
     place = lengths.unsqueeze(1) - most + torch.arange(most, device=q.device)  # [B, W]
     there = place >= 0
     place = place.clamp(min=0)
@@ -204,10 +251,8 @@ def observe_reference(
     for start in range(0, most, ROWS):
         part = slice(start, start + ROWS)
         chosen = q[rows, :, place[:, part]].transpose(1, 2)
-        seen = order <= place[:, part].view(len(q), 1, 1, -1, 1)
-        sums = _log_sum(scored(chosen, k, seen, None, scale, softcap), sink_logits)
         queries[rows, :, slot[:, part]] = chosen.transpose(1, 2)
-        lse[rows, :, slot[:, part]] = sums.transpose(1, 2).to(lse.dtype)
+        lse[rows, :, slot[:, part]] = sums(chosen, place[:, part]).transpose(1, 2).to(lse.dtype)
         asked[rows, slot[:, part]] = where[:, part].to(asked.dtype)
 
 
@@ -251,46 +296,87 @@ def attend_kept_reference(
     most in slot `end` - 1; one that replaces in whichever slot is free, keeps `budgets` [B] entries, and never drops
     the latest `recents` [B]. Nothing here waits for the device: which entry goes is not known to the host.
     """
+    store = Layout.parse(layout)
+    heads, kv_heads = q.shape[1], k.shape[1]
+
+    def read(tensors: list[Tensor], where: Tensor) -> Read:
+        batch, groups, used = where.shape
+        keys, values = store.entries(tensors, used, k.dtype)
+        places = where.view(batch, groups, 1, 1, used)
+        query_pos = starts.view(-1, 1, 1, 1, 1)
+        seen = places >= 0
+        inside = visible(query_pos, places, causal=causal, strict=strict, window=window, sinks=sinks)
+        seen = seen if inside is None else seen & inside
+        bias = None
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.float().view(1, kv_heads, heads // kv_heads, 1, 1)
+            bias = slopes * (places - query_pos).float()
+        scores = scored(q, keys, seen, bias, scale, softcap)
+        shares = shared_out(scores, sink_logits, may_be_empty=True)
+        out = torch.matmul(shares.to(values.dtype).flatten(2, 3), values).view(batch, heads, 1, values.shape[3])
+        return Read(out, lambda: shares[:, :, :, 0].mean(dim=2), lambda: _log_sum(scores, sink_logits)[:, :, 0])
+
+    return step_kept(
+        read, q, k, v, cache, starts, fills, budgets, recents,
+        end=end, layout=layout, rule=rule, first=first, last=last, layer=layer,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Read:
+    """What one query per row read: [B, H, 1, Dv]; the share of each entry [B, Hkv, T], averaged over the heads of a
+    group; and the log-sum-exps [B, H]."""
+
+    out: Tensor
+    shares: Callable[[], Tensor]
+    sums: Callable[[], Tensor]
+
+
+def step_kept(
+    read: Callable[[list[Tensor], Tensor], Read],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: list[Tensor],
+    starts: Tensor,
+    fills: Tensor,
+    budgets: Tensor,
+    recents: Tensor,
+    *,
+    end: int,
+    layout: str,
+    rule: str,
+    first: bool,
+    last: bool,
+    layer: int,
+) -> Tensor:
+    """Write, read and rank as `attend_kept` says; `read` attends over tensors whose entries stand at [B, G, T]."""
     said, store = Retention.parse(rule), Layout.parse(layout)
     split = len(cache) - len(EXTRAS[said.then])
     *tensors, where = cache[:split]
     replaces = said.then == "replace"
-    batch, groups, slots = where.shape
-    heads, kv_heads = q.shape[1], k.shape[1]
+    groups, slots = where.shape[1:]
     now = starts.view(-1, 1, 1)
     if first:
         slot = (where < 0).int().argmax(dim=2) if replaces else fills.view(-1, 1).expand(-1, groups)
         slot = slot.unsqueeze(-1)  # [B, G, 1]
         where.scatter_(2, slot, now.expand(-1, groups, -1).to(where.dtype))
         store.put(tensors, k, v, slot)
-    used = slots if replaces else end
-    keys, values = store.entries(tensors, used, k.dtype)
-    places = where[:, :, :used].view(batch, groups, 1, 1, used)
-    query_pos = starts.view(-1, 1, 1, 1, 1)
-    seen = places >= 0
-    inside = visible(query_pos, places, causal=causal, strict=strict, window=window, sinks=sinks)
-    seen = seen if inside is None else seen & inside
-    bias = None
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.float().view(1, kv_heads, heads // kv_heads, 1, 1)
-        bias = slopes * (places - query_pos).float()
-    scores = scored(q, keys, seen, bias, scale, softcap)
-    shares = shared_out(scores, sink_logits, may_be_empty=True)
+    found = read(tensors, where[:, :, : slots if replaces else end])
     if last and replaces:
-        _replace(said, shares, where, cache[split], now, budgets, recents, layer)
+        _replace(said, found.shares, where, cache[split], now, budgets, recents, layer)
     if last and said.then == "thin":
         queries, lse, asked = cache[split:]
-        rows, place = torch.arange(batch, device=q.device), starts % queries.shape[2]
+        rows, place = torch.arange(len(q), device=q.device), starts % queries.shape[2]
         queries[rows, :, place] = q[:, :, 0]
-        lse[rows, :, place] = _log_sum(scores, sink_logits)[:, :, 0].to(lse.dtype)
+        lse[rows, :, place] = found.sums().to(lse.dtype)
         asked[rows, place] = starts.to(asked.dtype)
-    shares = shares.to(values.dtype).flatten(2, 3)
-    return torch.matmul(shares, values).view(batch, heads, 1, values.shape[3])
+    return found.out
 
 
 def _replace(
     said: Retention,
-    shares: Tensor,  # [B, Hkv, H / Hkv, 1, T]
+    shares: Callable[[], Tensor],  # [B, Hkv, T]
     where: Tensor,
     ranks: Tensor,
     now: Tensor,
@@ -305,7 +391,7 @@ def _replace(
     elif said.by == "recent":
         ranks.copy_(where)
     else:
-        value = shares[:, :, :, 0].mean(dim=2)
+        value = shares()
         value = value if said.apart else value.mean(dim=1, keepdim=True)
         if said.by == "persistence":
             value = (value >= 1 / live.sum(dim=2, keepdim=True).clamp(min=1)).to(ranks.dtype)

@@ -153,7 +153,7 @@ def _held(model: Transformed) -> Transformed:
     for name in program.used_weights():
         tensor = program.read(name).to(model.device)
         program.weights[name] = replace(program.weights[name], read=partial(_same, tensor))
-    return Transformed(program, model.report, model.device, model.recipe)
+    return Transformed(program, model.report, model.device, model.recipe, backend=model.backend)
 
 
 def _same(tensor: Tensor) -> Tensor:

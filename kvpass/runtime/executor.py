@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +22,11 @@ from kvpass.passes.insert_cache import Inserted, insert_cache, movable, prove_ta
 from kvpass.runtime.selective import SelectiveState
 from kvpass.runtime.state import State
 
+if TYPE_CHECKING:
+    from kvpass.passes.lower_attention import Lowered
+
+Backend = Literal["auto", "reference", "triton"]
+
 QUICK = {aten.linear.default: linear}
 """What computes products with weights on a CPU (cached entries only: `forward` stays what was captured)."""
 
@@ -34,10 +40,34 @@ def _quicken(module: fx.GraphModule, quick: Mapping[Any, Any]) -> None:
     module.recompile()
 
 
+def choose_backend(backend: Backend, device: torch.device) -> Literal["reference", "triton"]:
+    """What computes attention on a device: "auto" takes Triton on a GPU where it is installed.
+
+    Raises:
+        RequestError: Triton is asked for where it is not installed, or where it has nothing to run on.
+    """
+    if backend not in ("auto", "reference", "triton"):
+        raise RequestError(f"there is no backend {backend!r}", fix="choose 'auto', 'reference' or 'triton'")
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and installed else "reference"
+    if backend == "triton":
+        if not installed:
+            raise RequestError("backend 'triton' needs Triton, which is not installed", fix="pip install 'kvpass[gpu]'")
+        from kvpass.kernels.targets import interpreted
+
+        if device.type != "cuda" and not interpreted():
+            raise RequestError(
+                f"backend 'triton' has no code for a {device.type} device",
+                fix="use a GPU, or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted (slow)",
+            )
+    return backend
+
+
 class Executor(nn.Module):
     """Runs a program: `forward` without a cache, `prefill` and `decode` with one."""
 
-    def __init__(self, program: Program, plan: CachePlan, device: torch.device) -> None:
+    def __init__(self, program: Program, plan: CachePlan, device: torch.device, backend: Backend = "auto") -> None:
         super().__init__()
         folded = fold_weights(program)
         self.plan = plan
@@ -50,7 +80,15 @@ class Executor(nn.Module):
             weight = folded.weights[name]
             tensor = folded.read(name).to(device)
             self._tensors[name] = tensor if weight.constant else nn.Parameter(tensor, requires_grad=False)
-        self.entries = {entry: to_module(folded, entry, self._tensors, device) for entry in folded.entries}
+        self.backend = choose_backend(backend, device)
+        targets: dict[fx.Node, Any] = {}
+        self.lowering: list[Lowered] = []
+        if self.backend == "triton":
+            from kvpass.passes.lower_attention import lower_attention
+
+            targets, self.lowering = lower_attention(folded, plan)
+        self.targets: Mapping[Any, Any] = {**REFERENCES, **targets}
+        self.entries = {entry: to_module(folded, entry, self._tensors, device, targets) for entry in folded.entries}
         self.quick: Mapping[Any, Any] = QUICK if device.type == "cpu" else {}
         for entry in ("prefill", "decode"):
             _quicken(self.entries[entry], self.quick)
@@ -88,7 +126,7 @@ class Executor(nn.Module):
         graph = self.program.forward
         given = {placeholder(graph, "input_ids"): ids}
         length = int(ids.shape[1])
-        solved = solve(graph, self._block("forward"), given, self._run(REFERENCES), self.limits, length, exact=True)
+        solved = solve(graph, self._block("forward"), given, self._run(self.targets), self.limits, length, exact=True)
         self.passes = solved.passes
         return torch.as_tensor(solved.value)
 
@@ -179,7 +217,7 @@ class Executor(nn.Module):
                 for tensor, kept in zip(state.stores[owner], rings[owner], strict=True):
                     tensor.copy_(kept)
 
-        lowered = self._run({**REFERENCES, **self.quick})
+        lowered = self._run({**self.targets, **self.quick})
 
         def run(nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> list[Any]:
             if any(n in block.written for n in nodes):

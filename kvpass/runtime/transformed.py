@@ -15,7 +15,7 @@ from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.text import graph_text
 from kvpass.manager import Report
-from kvpass.runtime.executor import Executor
+from kvpass.runtime.executor import Backend, Executor
 from kvpass.runtime.selective import SelectiveState
 from kvpass.runtime.state import State
 
@@ -35,10 +35,17 @@ class Transformed(nn.Module):
         report: what each pass did.
         recipe: the passes that made it.
         device: where it computes.
+        backend: what computes attention: "triton", "reference", or "auto" for the best there is for the device.
     """
 
     def __init__(
-        self, program: Program, report: Report, device: torch.device, recipe: Recipe, original: Program | None = None
+        self,
+        program: Program,
+        report: Report,
+        device: torch.device,
+        recipe: Recipe,
+        original: Program | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.program = program
@@ -46,6 +53,7 @@ class Transformed(nn.Module):
         self.report = report
         self.recipe = recipe
         self.device = device
+        self.backend = backend
         self.plan: CachePlan = plan_of(program)
         self._executor: list[Executor] = []
         self._generator: list[Any] = []
@@ -54,8 +62,17 @@ class Transformed(nn.Module):
     def executor(self) -> Executor:
         """The lowered program; weights are read and folded on first use."""
         if not self._executor:
-            self._executor.append(Executor(self.program, self.plan, self.device))
+            self._executor.append(Executor(self.program, self.plan, self.device, self.backend))
         return self._executor[0]
+
+    @property
+    def lowering(self) -> str:
+        """What computes the attention of every layer, in every entry, and why where kernels do not: a table."""
+        if self.executor.backend == "reference":
+            return f"everything runs as its torch reference: backend {self.backend!r} on {self.device.type}"
+        from kvpass.passes.lower_attention import table
+
+        return table(self.executor.lowering)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, V] of token ids [B, S]: the teacher-forced meaning of the variant, differentiable."""

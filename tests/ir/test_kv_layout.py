@@ -22,7 +22,9 @@ from kvpass.ir.kv_layout import Layout
 from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.runtime.state import State
 
-attention, attend, attend_shared, feedback = ops.attention, ops.attend, ops.attend_shared, ops.feedback
+attention, attend, attend_shared, feedback = (
+    getattr(torch.ops.kvpass, name).default for name in ("attention", "attend", "attend_shared", "feedback")
+)
 
 DIM, VALUE_DIM, HEADS, KV_HEADS, SCALE = 8, 12, 4, 2, 0.6
 LENGTH = 41
