@@ -56,11 +56,13 @@ class Case:
         label: says with what.
         launch: runs a host function, once or for several lengths.
         variants: how many variants of one kernel it needs, because it launches it with several sets of constants.
+        kernel: name of the function that it is about, where others that are launched have cases of their own.
     """
 
     label: str
     launch: Callable[[], object]
     variants: int = 1
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Resources:
         target: key of `TARGETS`.
         label: that of the case.
         registers: per thread.
-        spills: bytes of stack per thread; registers that do not fit go there.
+        spills: bytes of registers per thread that do not fit and go to memory.
         shared: bytes of shared memory per program.
         scalar_loads: instructions that load one byte from global memory: wide ones were prevented by an alignment that
             the compiler could not see.
@@ -188,6 +190,8 @@ def measure(case: Case, target: str) -> list[Resources]:
         case.launch()
     found = []
     for function, variants in kernels.items():
+        if case.kernel not in ("", function.__name__):
+            continue
         registers, spills, shared, loads = map(max, zip(*map(_figures, variants), strict=True))
         found.append(
             Resources(
@@ -207,7 +211,8 @@ def _figures(kernel: Any) -> tuple[int, int, int, int]:
         loads = re.findall(r"\bld\.global(?:\.(?!v[248]\b)[\w:]+)*\.[usb]8\b", kernel.asm["ptx"])
     else:
         text = kernel.asm["amdgcn"]
-        registers, spills = _field(text, "vgpr_count"), _field(text, "private_segment_fixed_size")
+        # scalar registers spill too, into lanes of vector registers: the stack has room for them that is not used
+        registers, spills = _field(text, "vgpr_count"), 4 * _field(text, "vgpr_spill_count")
         loads = re.findall(r"\b(?:global|buffer|flat)_load_[us]byte", text)
     return registers, spills, int(kernel.metadata.shared), len(loads)
 
@@ -250,7 +255,7 @@ def measure_all(module: str, targets: Sequence[str], workers: int = 0) -> tuple[
     resources: list[Resources] = []
     failures: list[Failure] = []
     with (
-        _environment(),
+        _cache_folder(),
         ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         for found in pool.map(_job, jobs):
@@ -279,21 +284,18 @@ def _job(job: tuple[str, str, int]) -> list[Resources] | Failure:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    """What worker processes start with, where the user has not said otherwise.
-
-    Compiled kernels are cached in a folder that starts empty. Products and sums are fused, as is the default up to
-    Triton 3.9.
-    """
+def _cache_folder() -> Iterator[None]:
+    """Worker processes cache compiled kernels in a folder that starts empty, where the user has not named one."""
+    name = "TRITON_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
-        wanted = {"TRITON_CACHE_DIR": folder, "TRITON_DEFAULT_FP_FUSION": "1"}
-        added = {name: value for name, value in wanted.items() if name not in os.environ}
-        os.environ.update(added)
+        os.environ[name] = folder
         try:
             yield
         finally:
-            for name in added:
-                del os.environ[name]
+            del os.environ[name]
 
 
 def main() -> int:

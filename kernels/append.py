@@ -442,6 +442,7 @@ def close_groups(
         GROUP=store.group,
         RESIDUAL=store.residual,
         ALIGN=alignment(*data),
+        num_warps=8,
     )  # fmt: skip
 
 

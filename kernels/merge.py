@@ -15,41 +15,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpass.kernels.targets import wide
+from kvpass.kernels.targets import interpreted, wide
 
 
 @triton.jit(do_not_specialize=["parts", "rows", "queries"])
 def _merge_kernel(
     PARTS: tl.tensor, LSES: tl.tensor, SINK_LOGITS: tl.tensor, OUT: tl.tensor, LSE: tl.tensor,
     parts: tl.tensor, rows: tl.tensor, queries: tl.tensor,
-    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, SUNK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, SUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # (b, h, s)
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # (b, h, s)
+    live = row < rows
     h = row // queries % H
     d = tl.arange(0, BD)
-    acc = tl.zeros([BD], tl.float32)
-    m = tl.full([1], float("-inf"), tl.float32)
-    den = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BR, BD], tl.float32)
+    m = tl.full([BR], float("-inf"), tl.float32)
+    den = tl.zeros([BR], tl.float32)
     if SUNK:
-        m = tl.zeros([1], tl.float32) + tl.load(SINK_LOGITS + h).to(tl.float32)
-        den = tl.full([1], 1.0, tl.float32)
+        m = tl.load(SINK_LOGITS + h, mask=live, other=0).to(tl.float32)
+        den = tl.full([BR], 1.0, tl.float32)
     for p0 in range(0, parts, BP):
         p = p0 + tl.arange(0, BP)
-        one = tl.load(LSES + p.to(tl.int64) * rows + row, mask=p < parts, other=float("-inf"))
-        m_new = tl.maximum(m, tl.max(one, 0))
+        at = p.to(tl.int64)[None, :] * rows + row[:, None]  # [BR, BP]
+        one = tl.load(LSES + at, mask=live[:, None] & (p < parts)[None, :], other=float("-inf"))
+        m_new = tl.maximum(m, tl.max(one, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2((one - m_safe) * 1.4426950408889634)
+        weight = tl.exp2((one - m_safe[:, None]) * 1.4426950408889634)
         alpha = tl.exp2((m - m_safe) * 1.4426950408889634)
-        fits = (one != float("-inf"))[:, None] & (d < D)[None, :]  # an empty part was never written
-        value = tl.load(PARTS + (p.to(tl.int64) * rows + row)[:, None] * D + d[None, :], mask=fits, other=0)
-        acc = acc * alpha + tl.sum(value.to(tl.float32) * weight[:, None], 0)
-        den = den * alpha + tl.sum(weight, 0)
+        fits = (one != float("-inf"))[:, :, None] & (d < D)[None, None, :]  # an empty part was never written
+        value = tl.load(PARTS + at[:, :, None] * D + d[None, None, :], mask=fits, other=0)
+        acc = acc * alpha[:, None] + tl.sum(value.to(tl.float32) * weight[:, :, None], 1)
+        den = den * alpha + tl.sum(weight, 1)
         m = m_new
     total = tl.where(den == 0, 1.0, den)
-    out_at = OUT + ((row // queries // H * queries + row % queries) * H + h) * D + d  # [B, S, H, D]
-    tl.store(out_at, (acc / total).to(OUT.dtype.element_ty), mask=d < D)
+    out_at = OUT + ((row // queries // H * queries + row % queries) * H + h) * D  # [B, S, H, D]
+    fits = live[:, None] & (d < D)[None, :]
+    tl.store(out_at[:, None] + d[None, :], (acc / total[:, None]).to(OUT.dtype.element_ty), mask=fits)
     sum_log = tl.where(den == 0, float("-inf"), m + tl.log2(total) * 0.6931471805599453)
-    tl.store(LSE + row + tl.arange(0, 1), sum_log)
+    tl.store(LSE + row, sum_log, mask=live)
 
 
 def merge(
@@ -67,9 +70,11 @@ def merge(
     lse = lses.new_empty((batch, heads, queries))
     rows = batch * heads * queries
     if rows:
-        _merge_kernel[(rows,)](
+        together = min(16, 1 << (count - 1).bit_length())
+        block = 256 if interpreted() else max(1, 8 // together)
+        _merge_kernel[(-(-rows // block),)](
             parts, lses, lses if sink_logits is None else sink_logits, out, lse, count, rows, queries,
-            H=heads, D=dim, BD=wide(dim), BP=16, SUNK=sink_logits is not None, num_warps=4 if dim > 64 else 2,
+            H=heads, D=dim, BD=wide(dim), BP=together, BR=block, SUNK=sink_logits is not None, num_warps=4,
         )  # fmt: skip
     return out.transpose(1, 2), lse
 

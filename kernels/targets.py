@@ -132,10 +132,12 @@ def prefill_tile(target: Target, dtype: torch.dtype, dim: int, store: Store, pag
     if target.amd:
         return Tile(64, 32, 4, 1)
     if dim > 128:
-        return Tile(32, 32, 4, 2) if store.bits == 4 else Tile(64, 32, 8, 2)
-    if store.bits or paged:
-        return Tile(64, 32, 4, 2)
-    return Tile(128, 64, 8, 3) if target.large else Tile(64, 32, 4, 2)
+        return Tile(32, 32, 4, 2) if store.bits == 4 else Tile(64, 32, 8, 1 if store.bits else 2)
+    if store.bits and dim > 64 and target.arch not in ("sm_90", "sm_100"):
+        return Tile(128, 16, 8, 2)
+    if store.bits or paged or not target.large:
+        return Tile(64, 32, 8, 2)
+    return Tile(128, 32 if target.arch == "sm_80" else 64, 8, 3)
 
 
 def decode_tile(target: Target, dtype: torch.dtype, dim: int, store: Store, paged: bool) -> Tile:
@@ -147,7 +149,7 @@ def decode_tile(target: Target, dtype: torch.dtype, dim: int, store: Store, page
     if target.amd:
         return Tile(16, 32 if dim > 128 or dtype == torch.float32 else 64, 4, 1)
     if dtype == torch.float32:
-        return Tile(16, 32, 8, 2)
+        return Tile(16, 16 if dim > 128 else 32, 8, 2)
     if dim > 128:
         return Tile(16, 32, 4, 3 if target.large else 2)
     if store.bits and (paged or target.arch not in ("sm_80", "sm_90")):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from kvpass.ir.check import plan_of
 from kvpass.ir.check import verify as verify_program
 from kvpass.ir.cost import PromptCost, prompt_cost
 from kvpass.ir.fixpoint import limits
+from kvpass.ir.fold import fold_weights
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.sites import Refusal, SiteFinder
@@ -25,9 +26,12 @@ from kvpass.passes.base import Context, Pass
 from kvpass.passes.evict_kv import EvictKV
 from kvpass.passes.prune_pyramid import PrunePyramid
 from kvpass.recipe import Recipe
-from kvpass.runtime.executor import Backend, choose_backend
+from kvpass.runtime.executor import Backend, choose_backend, require_triton
 from kvpass.runtime.transformed import Transformed
 from kvpass.verification import check_cache, check_finite, check_tokens_apart
+
+if TYPE_CHECKING:
+    from kvpass.passes.lower_attention import Lowered
 
 RecipeLike = Recipe | str | Path | Pass | Iterable[Pass] | None
 
@@ -115,6 +119,23 @@ def plan(source: Source, recipe: RecipeLike = None) -> CachePlan:
         PlanError: a pass cannot be applied to this model, with the reason.
     """
     return make_plan(capture(source, weights=False), Recipe.of(recipe).passes)
+
+
+def explain_lowering(source: Source | Transformed) -> list[Lowered]:
+    """What computes attention at each layer and in each entry with backend "triton", and why the reference where it
+    does. No weight is read.
+
+    Raises:
+        RequestError: Triton is not installed.
+    """
+    require_triton()
+    from kvpass.passes.insert_cache import insert_cache
+    from kvpass.passes.lower_attention import lower_attention
+
+    program = source.program if isinstance(source, Transformed) else capture(source, weights=False)
+    folded, layers = fold_weights(program), plan_of(program)
+    insert_cache(folded, layers)
+    return lower_attention(folded, layers)[1]
 
 
 @dataclass(frozen=True)

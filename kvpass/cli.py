@@ -128,6 +128,14 @@ class Level(StrEnum):
     full = "full"
 
 
+class Backend(StrEnum):
+    """What computes attention."""
+
+    auto = "auto"
+    reference = "reference"
+    triton = "triton"
+
+
 class Dtype(StrEnum):
     """What to compute in."""
 
@@ -182,6 +190,9 @@ ModelArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; a GPU when there is one.")]
+BackendOption = Annotated[
+    Backend, typer.Option("--backend", help="What computes attention: fused kernels, or plain torch.")
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="What to compute in; float32 on a CPU, else the checkpoint's.")
 ]
@@ -447,6 +458,36 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
             typer.echo(f"       {_size(found.plan.bytes(1, found.max_positions))} {at} {found.max_positions:,} tokens")
         for name, verdict in found.passes.items():
             typer.echo(f"{name}: " + ("applies" if verdict == "ok" else f"does not apply: {verdict}"))
+
+
+@app.command()
+def explain(
+    model: ModelArgument,
+    name: Annotated[
+        str, typer.Option("--pass", metavar="NAME", help="lower-attention: which kernels run where, and why not.")
+    ],
+    layer: Annotated[int | None, typer.Option("--layer", min=0, help="One layer alone.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a pass does at each layer, and why not where it does nothing. No weight is read."""
+    with _session(as_json) as out:
+        if name != "lower-attention":
+            raise RequestError(f"{name!r} cannot be explained", where="--pass", fix="give lower-attention")
+        source = _source(model, "cpu", None)
+
+        from kvpass import api
+
+        with _hushed():
+            choices = api.explain_lowering(source)
+        layers = 1 + max(c.layer for c in choices)
+        if layer is not None and layer >= layers:
+            raise RequestError(f"there is no layer {layer}", where="--layer", fix=f"the model has {layers} layers")
+        chosen = [c for c in choices if layer is None or c.layer == layer]
+        out.document = {"model": model, "pass": name, "choices": [asdict(c) for c in chosen]}
+        if not as_json:
+            from kvpass.passes.lower_attention import table
+
+            typer.echo(table(chosen))
 
 
 @app.command()
@@ -850,6 +891,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Sample from so many tokens.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the samples.")] = 0,
     device: DeviceOption = None,
+    backend: BackendOption = Backend.auto,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -872,7 +914,7 @@ def generate(
             if text:
                 what, fix = "the tokenizer makes no tokens of the prompt", "put the model's tokenizer files beside it"
             raise RequestError(what, where=model if text else "--prompt", fix=fix)
-        decoder = _decoder(model, device, dtype)
+        decoder = _decoder(model, device, dtype, backend)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if temperature != 0 and (temperature, top_p, top_k) != (None, None, None):
             chosen = {"temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": top_k or 0}
@@ -1166,7 +1208,7 @@ def _check_source(model: str) -> None:
     raise SourceError("there is no such folder", where=model, fix=advice)
 
 
-def _source(model: str, device: str | None, dtype: Dtype | None) -> str | Transformed:
+def _source(model: str, device: str | None, dtype: Dtype | None, backend: Backend = Backend.auto) -> str | Transformed:
     """What `kvpass.transform` takes: the path of a Hugging Face model, or a loaded kvpass folder."""
     _check_source(model)
     if not _is_program(model):
@@ -1174,7 +1216,7 @@ def _source(model: str, device: str | None, dtype: Dtype | None) -> str | Transf
 
     import kvpass
 
-    loaded = kvpass.load(model, device=device)
+    loaded = kvpass.load(model, device=device, backend=backend.value)
     kind = loaded.program.facts.dtype
     if dtype is not None and _dtype(dtype) != kind:
         raise RequestError(
@@ -1185,16 +1227,17 @@ def _source(model: str, device: str | None, dtype: Dtype | None) -> str | Transf
     return loaded
 
 
-def _decoder(model: str, device: str | None, dtype: Dtype | None) -> Transformed:
+def _decoder(model: str, device: str | None, dtype: Dtype | None, backend: Backend = Backend.auto) -> Transformed:
     """A model that runs: a kvpass folder, or a Hugging Face model as it is."""
-    source = _source(model, device, dtype)
+    source = _source(model, device, dtype, backend)
     if not isinstance(source, str):
         return source
 
     import kvpass
 
     with _hushed():
-        return kvpass.transform(source, verify="off", device=device, dtype=_dtype(dtype), progress=False)
+        options: dict[str, Any] = {"device": device, "dtype": _dtype(dtype), "backend": backend.value}
+        return kvpass.transform(source, verify="off", progress=False, **options)
 
 
 def _summary(source: str | Transformed) -> ModelSummary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -14,3 +15,6 @@ if not torch.cuda.is_available():
 
 # a shell starts background jobs with Ctrl-C ignored, and so would every process that the tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# tracing makes very many objects that live on; Python would walk them again and again
+gc.set_threshold(10_000, 10, 50)

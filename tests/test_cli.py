@@ -126,7 +126,7 @@ def test_inspect_groups_equal_layers(model: str) -> None:
     [("mistral", "every layer keeps a window"), ("llama4_text", "the mask of layer 0 is kept as a table")],
 )
 def test_inspect_says_where_tokens_cannot_be_dropped(family: str, reason: str, tmp_path: Path) -> None:
-    build(family).save_pretrained(tmp_path)
+    build(family, num_hidden_layers=2).save_pretrained(tmp_path)
     found = document("inspect", str(tmp_path))["passes"]
     assert found["evict-kv"].startswith(reason)
     assert found["prune-pyramid"].startswith(reason) or (family, found["prune-pyramid"]) == ("mistral", "ok")
@@ -694,3 +694,32 @@ cli.main()
 
 def test_the_version_is_that_of_the_package() -> None:
     assert run("--version").stdout == f"kvpass {kvpass.__version__}\n"
+
+
+def test_explain_says_what_computes_each_layer(model: str, slim: str) -> None:
+    for source in (model, slim):
+        found = document("explain", source, "--pass", "lower-attention", "--layer", "1")
+        assert {c["layer"] for c in found["choices"]} == {1}
+        assert {(c["entry"], c["op"], c["kernels"]) for c in found["choices"]} == {
+            ("forward", "attention", "attention"),
+            ("prefill", "attend", "append, attention"),
+            ("decode", "attend", "append, attention"),
+        }
+    assert "append, attention" in run("explain", slim, "--pass", "lower-attention").stdout
+    assert "has 2 layers" in run("explain", slim, "--pass", "lower-attention", "--layer", "9").output
+    wrong = run("explain", slim, "--pass", "no-such-pass")
+    assert wrong.exit_code == 2
+    assert "lower-attention" in wrong.output
+
+
+def test_generate_gives_the_same_text_from_kernels(slim: str) -> None:
+    words = ("generate", slim, "--prompt", "ABC", "--max-new-tokens", "3")
+    texts = [document(*words, "--backend", backend)["text"] for backend in ("reference", "triton")]
+    assert texts[0] == texts[1]
+
+
+def test_a_backend_that_cannot_run_here_is_refused(slim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    done = run("generate", slim, "--prompt", "ABC", "--backend", "triton", "--device", "cpu")
+    assert done.exit_code == 2
+    assert "TRITON_INTERPRET=1" in done.output

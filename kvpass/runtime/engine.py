@@ -550,7 +550,7 @@ class Engine:
         state = self._state
         ids = torch.tensor([[s.tokens[-1]] for s in self._running], device=device)
         try:
-            logits = self.model.executor.step(ids, state, None)[:, 0]
+            logits = self.model.executor.decode(ids, state)[:, 0]
             tokens = self._choose_tokens(self._running, logits)
         except BaseException:
             state.settle()

@@ -19,6 +19,7 @@ from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import ATTEND_KEPT, Program, aten, placeholder, to_module
 from kvpass.ir.sites import SiteFinder
 from kvpass.passes.insert_cache import Inserted, insert_cache, movable, prove_tables, store_names
+from kvpass.runtime.decode_graph import DecodeGraphs
 from kvpass.runtime.selective import SelectiveState
 from kvpass.runtime.state import State
 
@@ -31,6 +32,7 @@ QUICK = {aten.linear.default: linear}
 """What computes products with weights on a CPU (cached entries only: `forward` stays what was captured)."""
 
 
+RECORDED = 8  # tokens per row up to which a step is recorded as a CUDA graph
 STRETCH = 4096  # positions up to which the tables of a bounded cache are kept from the first one on
 
 
@@ -48,12 +50,10 @@ def choose_backend(backend: Backend, device: torch.device) -> Literal["reference
     """
     if backend not in ("auto", "reference", "triton"):
         raise RequestError(f"there is no backend {backend!r}", fix="choose 'auto', 'reference' or 'triton'")
-    installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        return "triton" if device.type == "cuda" and installed else "reference"
+        return "triton" if device.type == "cuda" and _has_triton() else "reference"
     if backend == "triton":
-        if not installed:
-            raise RequestError("backend 'triton' needs Triton, which is not installed", fix="pip install 'kvpass[gpu]'")
+        require_triton()
         from kvpass.kernels.targets import interpreted
 
         if device.type != "cuda" and not interpreted():
@@ -62,6 +62,20 @@ def choose_backend(backend: Backend, device: torch.device) -> Literal["reference
                 fix="use a GPU, or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted (slow)",
             )
     return backend
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def require_triton() -> None:
+    """Refuse to go on without Triton.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    if not _has_triton():
+        raise RequestError("kernels need Triton, which is not installed", fix="pip install 'kvpass[gpu]'")
 
 
 class Executor(nn.Module):
@@ -111,6 +125,7 @@ class Executor(nn.Module):
         self._table_dtypes = {t.node: shapes[t.node].dtype for t in self.inserted.tables}
         self._tables: dict[str, Tensor] = {}
         self._table_base = self._table_length = 0
+        self.graphs = DecodeGraphs(self)
 
     def weights(self) -> dict[str, Tensor]:
         """The folded weights by name, on the device."""
@@ -141,52 +156,61 @@ class Executor(nn.Module):
             arguments |= zip(self._names[owner], state.tensors(owner), strict=True)
         arguments |= self._position_tables(0, int(ids.shape[1]))
         arguments["base"] = self._table_base
-        return self._call("prefill", ids, arguments)
+        return self.call("prefill", ids, arguments)
 
-    def _call(self, entry: str, ids: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def call(self, entry: str, ids: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Run an entry with those of the arguments that it takes."""
         taken = {name: arguments[name] for name in self._inputs[entry]}
         with torch.no_grad():
             result: Tensor = self.entries[entry](ids, **taken)
         return result
 
-    def _step_selective(self, ids: Tensor, state: SelectiveState) -> Tensor:
-        """Like `step`, over stores of chosen tokens."""
+    def decode(self, ids: Tensor, state: State) -> Tensor:
+        """Run S more tokens [B, S] per row without advancing the lengths; logits [B, S, V].
+
+        On a GPU a step of a few tokens is recorded and replayed, where kernels run all of its attention.
+        """
         count = int(ids.shape[1])
+        few = count <= RECORDED and (count == 1 or self.limits is None)
+        if self.device.type == "cuda" and few and self.steady:
+            return self.graphs.step(ids.to(self.device), state)
+        return self.step(ids, state, None)
+
+    def arguments(self, state: State, count: int, stops: Tensor | None = None) -> dict[str, Any]:
+        """What entries take besides token ids to run `count` tokens per row, for which the state makes room."""
         end = state.max_length + count
         self.check_length(end)
-        state.prepare(count)
-        arguments: dict[str, Any] = {"starts": state.lengths, "stops": None, "end": end, "ragged": state.ragged}
-        arguments |= state.told(count)
+        state.prepare(count, stops)
+        found: dict[str, Any] = {"starts": state.lengths, "stops": stops, "end": end, "ragged": state.ragged}
+        found |= state.told(count)
         for owner in state.stores:
-            arguments |= zip(self._names[owner], state.tensors(owner), strict=True)
-        arguments |= self._position_tables(state.min_length, end)
-        arguments["base"] = self._table_base
-        return self._call("decode", ids, arguments)
+            found |= zip(self._names[owner], state.tensors(owner), strict=True)
+        found |= self._position_tables(state.min_length, end)
+        found["base"] = self._table_base
+        return found
 
     def step(self, input_ids: Tensor, state: State, last: Tensor | None, stops: Tensor | None = None) -> Tensor:
         """Run S tokens per row through the cache without advancing the lengths; logits [B, S, V], or [B, 1, V] of
         `last`. Tokens at or beyond `stops` [B] are padding."""
         ids = input_ids.to(self.device)
-        if isinstance(state, SelectiveState):
-            return self._step_selective(ids, state)
-        count = int(ids.shape[1])
-        end = state.max_length + count
-        self.check_length(end)
-        state.prepare(count, stops)
-        arguments: dict[str, Any] = {"starts": state.lengths, "stops": stops, "end": end, "ragged": state.ragged}
-        for owner, tensors in state.stores.items():
-            arguments |= zip(self._names[owner], tensors, strict=True)
-        arguments |= self._position_tables(state.min_length, end)
-        arguments["base"] = self._table_base
+        arguments = self.arguments(state, int(ids.shape[1]), stops)
         entry = "decode"
         if last is not None:
             entry, arguments["last"] = "prefill", last
-        with torch.no_grad():
-            if self.limits is not None and count > 1:
+        if self.limits is not None and ids.shape[1] > 1:
+            with torch.no_grad():
                 return self._repeat(entry, ids, arguments, state)
-            result: Tensor = self.entries[entry](ids, **arguments)
-        return result
+        return self.call(entry, ids, arguments)
+
+    @property
+    def steady(self) -> bool:
+        """Whether a step of decoding is the same program at every length: all of its attention runs in kernels."""
+        steps = [entry for entry in self.lowering if entry.entry == "decode"]
+        return bool(steps) and not any(entry.reason for entry in steps)
+
+    def tables_of(self, state: State) -> set[str]:
+        """The names of the tables of pages among what entries take."""
+        return {self._names[owner][-1] for owner in state.stores if self.plan.layout(owner).page}
 
     def _repeat(self, entry: str, ids: Tensor, arguments: dict[str, Any], state: State) -> Tensor:
         """Several tokens at once where layers read a layer above them: passes over the block between, or one by one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,14 @@ class State:
         """Bytes of the entries that hold tokens, all layers and rows."""
         return sum(self.plan.bytes(1, length) for length in self.lengths.tolist())
 
+    def tensors(self, owner: int) -> list[Tensor]:
+        """An owner's store, in the order in which entries take it."""
+        return self.stores[owner]
+
+    def told(self, count: int) -> dict[str, Any]:
+        """What else entries are told to run `count` tokens per row."""
+        return {}
+
     def prepare(self, count: int, stops: Tensor | None = None) -> None:
         """Make room for `count` more tokens in each row; a row needs none at or beyond its `stops`."""
         self.reserve(self.max_length + count)
@@ -89,7 +98,10 @@ class State:
     def advance(self, counts: Tensor | int) -> None:
         """Record that each row took `counts` tokens more."""
         self.lengths = self.lengths + counts
-        self.refresh()
+        if isinstance(counts, Tensor):
+            self.refresh()
+        else:  # all is known without asking the device
+            self.min_length, self.max_length = self.min_length + counts, self.max_length + counts
 
     def refresh(self) -> None:
         """Bring the host's copy of the longest length up to date."""

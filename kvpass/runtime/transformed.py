@@ -139,7 +139,10 @@ class Transformed(nn.Module):
         return found, state
 
     def decode(self, input_ids: Tensor, state: State) -> Tensor:
-        """Logits [B, S, V] of S >= 1 more tokens [B, S] per row; `state` is updated in place."""
+        """Logits [B, S, V] of S >= 1 more tokens [B, S] per row; `state` is updated in place.
+
+        On a GPU a step of a few tokens is recorded as a CUDA graph and replayed where kernels run all its attention.
+        """
         ids = self._ids(input_ids)
         if ids.shape[0] != state.batch:
             raise RequestError(f"{ids.shape[0]} rows were given to a state of {state.batch}")
@@ -147,7 +150,7 @@ class Transformed(nn.Module):
             raise RequestError("there are no tokens to decode", fix="give at least one token per row")
         if ids.shape[1] > 1 and self.executor.one_by_one:
             return torch.cat([self.decode(ids[:, i : i + 1], state) for i in range(ids.shape[1])], dim=1)
-        logits = self.executor.step(ids, state, None)
+        logits = self.executor.decode(ids, state)
         state.advance(int(ids.shape[1]))
         return logits
 

@@ -15,6 +15,7 @@ from kvpass.capture.probe import Mask
 from kvpass.errors import CaptureError
 from kvpass.ir.check import compare
 from kvpass.ir.sites import SiteFinder
+from kvpass.runtime.transformed import Transformed
 
 HEADS, DIM = 4, 32
 SPELLINGS = ("masked_fill", "added minimum", "where", "sdpa bool", "sdpa float")
@@ -91,7 +92,8 @@ def every_third(i, j):
 
 
 def masks(model):
-    program = capture(model)
+    """The masks that were found in a decoder, or in what is captured already."""
+    program = model.program if isinstance(model, Transformed) else capture(model)
     found = [program.evidence[layer]["mask"] for layer in range(program.facts.layers)]
     for site, mask in zip(SiteFinder(program), found, strict=True):
         if not mask.tabulated:
@@ -159,8 +161,7 @@ def test_what_was_read_computes_what_was_written(name):
 @pytest.mark.parametrize("spelling", ["sdpa bool", "sdpa float"])
 def test_a_strict_mask_is_found_and_its_empty_row_reads_nothing(spelling):
     model = Decoder(strict, causal, spelling=spelling)
-    assert [str(m) for m in masks(model)] == ["strict", "causal"]
-    assert_same_function(model)
+    assert [str(m) for m in masks(assert_same_function(model))] == ["strict", "causal"]
 
 
 @pytest.mark.parametrize("spelling", ["added minimum", "where"])
@@ -180,18 +181,16 @@ def test_a_strict_mask_whose_first_row_reads_everything_is_no_strict_mask(spelli
 def test_alibi_slopes_are_read_off_exactly(spelling):
     slopes = torch.tensor([0.5, 0.25, 0.0625, 0.3125])
     model = Decoder(causal, window(5), spelling=spelling, bias=lambda i, j: slopes.view(-1, 1, 1) * (j - i))
-    found = masks(model)
+    found = masks(assert_same_function(model))
     assert [m.slopes for m in found] == [tuple(slopes.tolist())] * 2
     assert [m.window for m in found] == [0, 5]
-    assert_same_function(model)
 
 
 def test_alibi_over_key_positions_means_the_same():
     """BLOOM adds slope * j: softmax takes no notice of what is constant over a row."""
     slopes = torch.tensor([0.5, 0.25, 0.0625, 0.3125])
     model = Decoder(causal, bias=lambda i, j: slopes.view(-1, 1, 1) * j)
-    assert masks(model)[0].slopes == tuple(slopes.tolist())
-    assert_same_function(model)
+    assert masks(assert_same_function(model))[0].slopes == tuple(slopes.tolist())
 
 
 def test_a_mask_in_a_registered_table_is_read_too():
@@ -221,17 +220,16 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_mask_is_kept_as_a_table_and_decodes(name):
     model = Decoder(ODD[name], causal, spelling="sdpa bool")
-    odd, plain = masks(model)
+    slim = assert_same_function(model, length=60)
+    odd, plain = masks(slim)
     assert odd.tabulated, f"{name} was read as {odd}"
     assert not plain.tabulated
-    slim = assert_same_function(model, length=60)
     assert [bool(c.positions) for c in slim.plan] == [True, False]
 
 
 def test_a_bias_that_is_not_linear_is_kept_as_a_table():
     model = Decoder(causal, spelling="sdpa float", bias=lambda i, j: -0.1 * (i - j).float().sqrt().nan_to_num())
-    assert "not ALiBi" in masks(model)[0].tabulated
-    assert_same_function(model)
+    assert "not ALiBi" in masks(assert_same_function(model))[0].tabulated
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -42,9 +42,13 @@ def test_a_whole_prompt_costs_what_is_counted(family):
     assert prompt_cost(slim.program).total(slim.plan, PROMPT) == counted(slim, tokens)
 
 
+@pytest.fixture(scope="module")
+def dense():
+    return kvpass.transform(families.build("llama", num_hidden_layers=8), progress=False, verify="off")
+
+
 @pytest.mark.parametrize("keep", [0.75, 0.5, 0.35])
-def test_a_pruned_prompt_costs_what_the_schedule_predicts(keep):
-    dense = kvpass.transform(families.build("llama", num_hidden_layers=8), progress=False, verify="off")
+def test_a_pruned_prompt_costs_what_the_schedule_predicts(dense, keep):
     tokens = torch.randint(3, 90, (1, PROMPT))
     step = PrunePyramid(keep=keep, length=PROMPT, max_recent=8, min_context=8)
     slim = kvpass.transform(dense, [step], progress=False, verify="off")

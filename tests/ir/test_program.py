@@ -18,7 +18,7 @@ import families
 from kvpass.capture import capture
 from kvpass.errors import CheckError, SourceError
 from kvpass.ir.check import plan_of, verify
-from kvpass.ir.execute import evaluate
+from kvpass.ir.execute import call_on_meta, evaluate
 from kvpass.ir.fold import fold_weights
 from kvpass.ir.program import (
     ATTENTION,
@@ -164,6 +164,37 @@ def test_one_and_true_are_not_equal_arguments():
     total = graph.call_function(aten.add.Tensor, (parts[0], parts[1]))
     graph.output(graph.call_function(aten.add.Tensor, (total, parts[2])))
     assert merge_equal(graph) == 0
+
+
+@pytest.mark.parametrize("fixture", ["llama", "gemma"])
+def test_shapes_that_are_remembered_are_those_of_a_new_call(fixture, request):
+    program = request.getfixturevalue(fixture)
+    ids = placeholder(program.forward, "input_ids")
+    for batch, length in ((2, 5), (3, 7), (1, 1)):
+        found = program.shapes("forward", batch, length)
+        new = evaluate(list(found), {ids: found[ids]}, program.meta, "meta")
+        for node, expected in zip(found, new, strict=True):
+            if isinstance(expected, torch.Tensor):
+                described = [(t.shape, t.stride(), t.dtype, t.device) for t in (found[node], expected)]
+                assert described[0] == described[1], node.format_node()
+            else:
+                assert found[node] == expected, node.format_node()
+
+
+def test_what_an_op_gives_is_remembered_for_what_it_knows_of_its_arguments():
+    def dtype(value, of):
+        return call_on_meta(aten.mul.Tensor, (torch.empty(2, dtype=of, device="meta"), value), {}).dtype
+
+    assert [dtype(v, torch.int32) for v in (1, True, 1.0)] == [torch.int32, torch.int32, torch.float32]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert dtype(1.0, torch.int32) == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert dtype(1.0, torch.float16) == torch.float16
+    for numbers in ([1, 0, 2], [0, 0, 3]):  # not on the meta device: its numbers count
+        found = call_on_meta(aten.nonzero.default, (torch.tensor(numbers),), {})
+        assert len(found) == sum(n > 0 for n in numbers)
 
 
 def test_roles_say_what_a_value_depends_on():

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+import interpreter  # noqa: F401  (kernels are interpreted, and quicker with it)
 from kvpass.ir.kv_format import KVFormat, decode_tokens, encode_tokens
 from kvpass.ir.kv_layout import Layout
 from kvpass.kernels.append import append, close_groups, encode

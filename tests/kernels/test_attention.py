@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+import interpreter  # noqa: F401  (kernels are interpreted, and quicker with it)
 from kvpass.ir.kv_format import KVFormat, encode_channels, encode_tokens
 from kvpass.kernels import attention as module
 from kvpass.kernels.attention import Keys, attention, attention_reference, unsupported

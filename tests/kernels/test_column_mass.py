@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+import interpreter  # noqa: F401  (kernels are interpreted, and quicker with it)
 from kvpass.ir.attention import scored, shared_out, visible
 from kvpass.kernels.column_mass import column_mass, column_mass_reference, tanh
 from sanitizer import sanitize

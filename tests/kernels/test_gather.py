@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+import interpreter  # noqa: F401  (kernels are interpreted, and quicker with it)
 from kvpass.kernels.gather import (
     compact,
     compact_into,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import interpreter  # noqa: F401  (kernels are interpreted, and quicker with it)
 from kvpass.ir.kv_layout import Layout
 from kvpass.kernels.rotary import rope_append, rope_append_reference
 from kvpass.kernels.store import Store

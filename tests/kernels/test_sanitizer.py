@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+import interpreter  # noqa: F401  (kernels are interpreted, and quicker with it)
 from sanitizer import Defect, bfloat16, sanitize
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="checks of interpreted kernels")

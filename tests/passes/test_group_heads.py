@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,21 @@ def captured(model):
     return kvpass.transform(model, progress=False, verify="off")
 
 
+@cache
+def plain(name="llama_mha"):
+    """The family's model with nothing done to it."""
+    return captured(families.build(name))
+
+
+@cache
+def turned(name):
+    """One of `MODELS` whose heads are copies of half as many in other bases: its logits, and what is captured of it."""
+    known = MODELS[name]
+    model = known.build()
+    turn_heads(copy_heads(model, layers_of(model)[0].k.shape[0] // 2), known)
+    return logits_of(model), captured(model)
+
+
 def grouped(model, kv_heads, **options):
     arguments = {k: options.pop(k) for k in ("calibration", "seed", "verify") if k in options}
     return kvpass.transform(model, [GroupHeads(kv_heads, **options)], progress=False, **arguments)
@@ -276,11 +292,8 @@ def test_heads_that_are_copies_are_found_wherever_they_stand():
     "name", ["llama with biases", "qwen3 with norms of q and k", "gpt2: Conv1D, learned positions"]
 )
 def test_a_refit_does_not_damage_an_exact_merge(name, refit, calibration):
-    known = MODELS[name]
-    model = known.build()
-    half_as_many = layers_of(model)[0].k.shape[0] // 2
-    original = logits_of(turn_heads(copy_heads(model, half_as_many), known))
-    result = grouped(model, half_as_many, refit=refit, steps=20, calibration=calibration, swap_windows=0)
+    original, slim = turned(name)
+    result = grouped(slim, slim.plan[0].kv_heads // 2, refit=refit, steps=20, calibration=calibration, swap_windows=0)
     for record in result.report.passes[-1].details:
         assert record["block_error_after"] < 1e-6, record
         assert record["block_error_after"] <= record["block_error_before"]
@@ -289,7 +302,7 @@ def test_a_refit_does_not_damage_an_exact_merge(name, refit, calibration):
 
 
 def test_a_refit_brings_the_logits_closer_where_heads_differ(calibration):
-    slim = captured(families.build("llama_mha"))
+    slim = plain()
     rows = calibration[0][:576].view(6, 96)
     loss = {}
     for refit in ("none", "o_proj", "distill"):
@@ -366,13 +379,13 @@ def test_impossible_counts_are_refused_before_a_weight_is_read(kv_heads, words, 
 
 def test_a_count_that_is_refused_comes_with_those_that_are_possible():
     with pytest.raises(PlanError, match=r"choose from \[1, 2, 4, 8\]"):
-        grouped(families.build("llama_mha"), 3)
+        grouped(plain(), 3)
 
 
 @pytest.mark.parametrize("refit", ["o_proj", "distill"])
 def test_a_refit_needs_calibration(refit):
     with pytest.raises(RequestError, match="needs calibration text") as found:
-        grouped(families.build("llama"), 1, refit=refit)
+        grouped(plain("llama"), 1, refit=refit)
     assert "calibration=" in found.value.fix
     assert found.value.exit_status == 2
 
@@ -389,7 +402,7 @@ def test_a_refit_needs_calibration(refit):
 )
 def test_calibration_that_says_nothing_is_refused(calibration, words):
     with pytest.raises(RequestError, match=words):
-        grouped(families.build("llama"), 1, calibration=calibration)
+        grouped(plain("llama"), 1, calibration=calibration)
 
 
 def test_a_nan_weight_is_named():
@@ -413,7 +426,7 @@ def test_wrong_rope_pairs_are_noticed(monkeypatch):
 
     monkeypatch.setattr(group_heads, "basis_of", interleaved)
     with pytest.raises(CheckError, match="a change of basis that should not matter"):
-        grouped(families.build("llama_mha"), 4)
+        grouped(plain(), 4)
 
 
 def test_a_scale_that_a_norm_takes_back_is_noticed(monkeypatch):
@@ -430,7 +443,7 @@ def test_a_forgotten_bias_is_noticed(monkeypatch):
         path = right(self, operand)
         return replace(path, projection=replace(path.projection, bias=None)) if operand == "v" else path
 
-    slim = captured(families.build("llama_mha"))
+    slim = plain()
     monkeypatch.setattr(AttentionSite, "path", without_bias)
     with pytest.raises(CheckError, match="a change of basis that should not matter"):
         grouped(slim, 4)
@@ -445,7 +458,7 @@ def test_a_wrong_head_order_is_noticed(monkeypatch):
 
     monkeypatch.setattr(group_heads, "merge_constants", rolled)
     with pytest.raises(CheckError, match="a change of basis that should not matter"):
-        grouped(families.build("llama_mha"), 4)
+        grouped(plain(), 4)
 
 
 # ---------------------------------------------------------------------- what is reported
@@ -453,9 +466,8 @@ def test_a_wrong_head_order_is_noticed(monkeypatch):
 
 def test_the_same_seed_gives_the_same_weights_twice(calibration):
     def weights():
-        model = families.build("llama_mha")
         options = {"refit": "distill", "steps": 8, "swap_windows": 0}
-        return grouped(model, 2, calibration=calibration, seed=3, **options).executor.weights()
+        return grouped(plain(), 2, calibration=calibration, seed=3, **options).executor.weights()
 
     first, second = weights(), weights()
     assert first.keys() == second.keys()
@@ -464,7 +476,7 @@ def test_the_same_seed_gives_the_same_weights_twice(calibration):
 
 def test_the_report_says_what_was_done_to_each_layer(calibration):
     options = {"calibration": calibration, "refit": "o_proj", "swap_windows": 2}
-    result = grouped(families.build("llama_mha"), (4, 2), **options)
+    result = grouped(plain(), (4, 2), **options)
     record = result.report.passes[-1]
     assert (record.name, record.effect, record.sites, record.of) == ("GroupHeads", "lossy", 2, 2)
     assert record.bytes_per_token_before == 2 * 8 * 16 * 4
@@ -482,7 +494,7 @@ def test_the_report_says_what_was_done_to_each_layer(calibration):
 
 
 def test_without_calibration_nothing_is_claimed_that_was_not_measured():
-    details = grouped(families.build("llama_mha"), 4).report.passes[-1].details
+    details = grouped(plain(), 4).report.passes[-1].details
     assert all("swap_kl" not in d and "block_error_after" not in d for d in details)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,18 @@ def dense(golden):
     return kvpass.transform(model, progress=False)
 
 
-def shared(dense, name, init="copy", **options):
-    about = ABOUT["configs"][name]
-    strict = "all" if about["force_nodiag"] else "readers"
-    step = ShareLayers(about["layer_types"], init=init, strict=strict, upward=True, **options)
-    return kvpass.transform(dense, [step], progress=False)
+@pytest.fixture(scope="module")
+def shared(dense):
+    """Makes the model of a case, each once."""
+
+    @cache
+    def make(name, init, **options):
+        about = ABOUT["configs"][name]
+        strict = "all" if about["force_nodiag"] else "readers"
+        step = ShareLayers(about["layer_types"], init=init, strict=strict, upward=True, **options)
+        return kvpass.transform(dense, [step], progress=False)
+
+    return make
 
 
 def close(found, expected):
@@ -53,8 +61,8 @@ def test_the_dense_model_is_the_oracles(dense, golden):
 
 
 @pytest.mark.parametrize(("name", "init"), CASES)
-def test_nine_passes_give_the_reference_s_logits(dense, golden, name, init):
-    slim = shared(dense, name, init, passes=9, tolerance=0.0, fallback=False)
+def test_nine_passes_give_the_reference_s_logits(shared, golden, name, init):
+    slim = shared(name, init, passes=9, tolerance=0.0, fallback=False)
     ids = golden["input_ids"]
     with torch.no_grad():
         close(slim(ids), golden[f"{name}.{init}.parallel9"])
@@ -62,8 +70,8 @@ def test_nine_passes_give_the_reference_s_logits(dense, golden, name, init):
 
 
 @pytest.mark.parametrize(("name", "init"), [c for c in CASES if is_upward(c[0])])
-def test_the_fixed_point_is_the_reference_s(dense, golden, name, init):
-    slim = shared(dense, name, init)
+def test_the_fixed_point_is_the_reference_s(shared, golden, name, init):
+    slim = shared(name, init)
     ids = golden["input_ids"]
     exact = golden[f"{name}.{init}.exact"]
     with torch.no_grad():
@@ -77,8 +85,8 @@ def test_the_fixed_point_is_the_reference_s(dense, golden, name, init):
 
 
 @pytest.mark.parametrize("name", ABOUT["configs"])
-def test_prefill_in_nine_passes_and_decode_give_the_reference_s_trace(dense, golden, name):
-    slim = shared(dense, name, passes=9, tolerance=0.0, fallback=False)
+def test_prefill_in_nine_passes_and_decode_give_the_reference_s_trace(shared, golden, name):
+    slim = shared(name, "copy", passes=9, tolerance=0.0, fallback=False)
     ids, first = golden["input_ids"], ABOUT["prefill"]
     _, state = slim.prefill(ids[:, :first])
     steps = [slim.decode(ids[:, i : i + 1], state)[:, 0] for i in range(first, ids.shape[1])]
@@ -86,8 +94,8 @@ def test_prefill_in_nine_passes_and_decode_give_the_reference_s_trace(dense, gol
 
 
 @pytest.mark.parametrize("name", ABOUT["configs"])
-def test_parameters_and_cache_layers_are_counted_as_in_the_reference(dense, name):
-    slim = shared(dense, name)
+def test_parameters_and_cache_layers_are_counted_as_in_the_reference(shared, name):
+    slim = shared(name, "copy")
     about = ABOUT["configs"][name]
     used = slim.program.used_weights()
     parameters = sum(w.read().numel() for n, w in slim.program.weights.items() if n in used and not w.constant)

@@ -45,10 +45,15 @@ PLANS = {
 
 
 @cache
+def captured(family, **options):
+    return quiet(families.build(family, **options).double(), [])
+
+
+@cache
 def unpaged(plan):
     options = {"family": "llama", "passes": [], **PLANS[plan]}
-    family, passes = options.pop("family"), options.pop("passes")
-    return quiet(families.build(family, **options).double(), passes), {}
+    passes = options.pop("passes")
+    return quiet(captured(**options), passes), {}
 
 
 class Pair:
