@@ -81,6 +81,7 @@ def _attention_cases() -> list[Case]:
                 if store.group == 0 or store.bits == 4 or dim <= 128:
                     case(label, dim, store=store)
         case("bf16", 80)
+        case("fp32", 80, dtype=torch.float32)
         case("fp16", 128, dtype=torch.float16)
         for dim in DIMS:
             case("bf16, a KV head per query head", dim, group=1)

@@ -130,7 +130,7 @@ def prefill_tile(target: Target, dtype: torch.dtype, dim: int, store: Store, pag
             return Tile(32, 32, 4, 1)
         if dim > 128:
             return Tile(16, 16, 8, 2) if target.large else Tile(16, 32, 8, 1)
-        return Tile(32, 32, 8, 2)
+        return Tile(16, 32, 8, 2 if target.large else 1) if dim > 64 else Tile(32, 32, 8, 2)
     if target.amd:
         return Tile(64, 32, 4, 1)
     if dim > 128:

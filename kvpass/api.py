@@ -69,6 +69,14 @@ def transform(
     steps = Recipe.of(recipe).passes
     place = choose_device(device)
     choose_backend(backend, place)
+    if isinstance(source, torch.nn.Module) and dtype is not None:
+        own = {p.dtype for p in source.parameters() if p.is_floating_point()} - {dtype}
+        if own and not isinstance(source, Transformed):
+            name = str(dtype).removeprefix("torch.")
+            raise RequestError(
+                f"a module computes in the dtype that it has, {own.pop()}, not in {name}",
+                fix=f"give module.to(torch.{name}); dtype is for folders and hub ids",
+            )
     compute = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else None)
     earlier = source.recipe.passes if isinstance(source, Transformed) else ()
     program = source.program if isinstance(source, Transformed) else capture(source, compute)
