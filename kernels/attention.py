@@ -15,7 +15,6 @@ Shapes: B batch, S queries, T keys or slots, H query heads, Hkv KV heads, D and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +29,6 @@ from kvpass.kernels.targets import Tile, decode_tile, prefill_tile, splits, targ
 
 FULL_STORE = Store()
 FEW = 64  # packed rows up to which a sequence is split over programs
-LOG2E = math.log2(math.e)
 
 # where the keys of a part stand
 LINE, RING, TABLE, PAGED = 0, 1, 2, 3
@@ -481,7 +479,7 @@ def attention(
     runs: list[int] = []
     for part in keys:
         chosen = tile or choose(
-            target, q.dtype, wide(dim), part.store if part.coded else FULL_STORE, part.table is not None
+            target, q.dtype, wide(max(dim, value_dim)), part.store if part.coded else FULL_STORE, part.table is not None
         )
         chosen = replace(chosen, rows=min(chosen.rows, max(16, wide(queries * group))))
         programs = batch * kv_heads * -(-queries * group // chosen.rows)

@@ -37,6 +37,7 @@ from kvpass.errors import KvpassError, PlanError, RequestError, SourceError, Uns
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from torch import Tensor
 
     from kvpass.api import LayerFacts, ModelSummary
     from kvpass.ir.cost import PromptCost
@@ -126,6 +127,19 @@ class Level(StrEnum):
     off = "off"
     fast = "fast"
     full = "full"
+
+
+class OnnxTarget(StrEnum):
+    """Whose operators an ONNX package is made of."""
+
+    ort = "ort"
+
+
+class OnnxDtype(StrEnum):
+    """What an ONNX package computes in."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
 
 
 class Backend(StrEnum):
@@ -794,6 +808,54 @@ def transform(
         typer.echo(f"saved {output} ({kind}, {_size(written)}, {time.perf_counter() - began:.1f} s)")
 
 
+@app.command()
+@_takes_flags
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")],
+    flags: Flags,
+    target: Annotated[OnnxTarget, typer.Option("--target", help="ort: operators of ONNX Runtime.")] = OnnxTarget.ort,
+    dtype: Annotated[OnnxDtype, typer.Option("--dtype", help="Of weights, caches and arithmetic.")] = OnnxDtype.fp32,
+    positions: Annotated[
+        int | None, typer.Option("--positions", min=1, help="Tokens per row at most.  [default: the model's, 4096]")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="FILE", help="A text file; needed by a refit.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="For everything random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model, rewritten or as it is, as an ONNX package, checked against torch.
+
+    onnxruntime and onnxruntime-genai serve it unmodified.
+    """
+    with _session(as_json) as out:
+        chosen = flags.build()
+        _check_output(output, model, overwrite)
+        _check_calibration(chosen, calibration)
+        source = _source(model, "cpu", None)
+
+        import kvpass
+        from kvpass.export.onnx.export import summary
+
+        options: dict[str, Any] = {"calibration": calibration, "device": "cpu", "seed": seed}
+        slim = kvpass.transform(source, chosen, **options)
+        with _hushed():
+            made = slim.export_onnx(
+                output, target=target.value, dtype=dtype.value, positions=positions, overwrite=overwrite
+            )
+        out.document = {"model": model, **summary(made)}
+        if as_json:
+            return
+        for check in made.checks:
+            typer.echo(
+                f"{check['name']}: off by {check['measured']:.1e} of the logits' spread ({check['allowed']:.0e})"
+            )
+        count = sum(made.nodes.values())
+        typer.echo(f"saved {output} ({target.value}, {dtype.value}, {count} nodes, {_size(made.bytes)})")
+
+
 def _write(slim: Transformed, output: Path, save: Save, overwrite: bool) -> None:
     if save is Save.hf:
         slim.save_pretrained(output, overwrite=overwrite)
@@ -914,37 +976,82 @@ def generate(
             if text:
                 what, fix = "the tokenizer makes no tokens of the prompt", "put the model's tokenizer files beside it"
             raise RequestError(what, where=model if text else "--prompt", fix=fix)
-        decoder = _decoder(model, device, dtype, backend)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        sampling: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
         if temperature != 0 and (temperature, top_p, top_k) != (None, None, None):
-            chosen = {"temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": top_k or 0}
-            options |= {"do_sample": True, **chosen}
-        stream = not as_json and sys.stdout.isatty()
-        if stream:
+            sampling = {"temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": top_k or 0}
+        streamer = None
+        if not as_json and sys.stdout.isatty():
             from transformers import TextStreamer
 
-            options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
-        torch.manual_seed(seed)
-        began = time.perf_counter()
-        tokens = decoder.generate(ids, **options)[0]
-        seconds = time.perf_counter() - began
-        new = int(tokens.shape[0]) - int(ids.shape[1])
+            streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        if _is_onnx(model):
+            made = _generate_onnx(model, ids, max_new_tokens, sampling, seed, streamer)
+        else:
+            decoder = _decoder(model, device, dtype, backend)
+            made = _generate(decoder, ids, max_new_tokens, sampling, seed, streamer)
+        tokens, seconds, held = made
+        new = len(tokens) - int(ids.shape[1])
         whole = tokenizer.decode(tokens, skip_special_tokens=True)
         out.document = {
             "model": model,
             "prompt": text,
             "text": whole,
             "continuation": tokenizer.decode(tokens[ids.shape[1] :], skip_special_tokens=True),
-            "tokens": tokens.tolist(),
+            "tokens": tokens,
             "prompt_tokens": int(ids.shape[1]),
             "new_tokens": new,
             "seconds": seconds,
             "tokens_per_second": new / seconds,
-            "cache_bytes": _cache_bytes(decoder.plan, int(ids.shape[1]), new),
+            "cache_bytes": held,
             "seed": seed,
         }
-        if not as_json and not stream:
+        if not as_json and streamer is None:
             typer.echo(whole)
+
+
+Generated = tuple[list[int], float, int | None]  # all tokens, seconds, bytes of the cache
+
+
+def _generate(
+    decoder: Transformed, ids: Tensor, count: int, sampling: dict[str, Any], seed: int, streamer: Any
+) -> Generated:
+    """Let a program continue token ids [1, S]."""
+    import torch
+
+    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False}
+    if sampling["temperature"]:
+        options |= {"do_sample": True, **sampling}
+    if streamer is not None:
+        options["streamer"] = streamer
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    tokens = decoder.generate(ids, **options)[0].tolist()
+    seconds = time.perf_counter() - began
+    length = int(ids.shape[1])
+    return tokens, seconds, _cache_bytes(decoder.plan, length, len(tokens) - length)
+
+
+def _generate_onnx(
+    model: str, ids: Tensor, count: int, sampling: dict[str, Any], seed: int, streamer: Any
+) -> Generated:
+    """Let an exported model continue token ids [1, S]."""
+    import torch
+
+    from kvpass.export.onnx.runner import OnnxModel
+
+    runner = OnnxModel.open(model)
+    tokens = ids[0].tolist()
+    if streamer is not None:
+        streamer.put(ids)
+    began = time.perf_counter()
+    for (token,) in runner.stream(ids.numpy(), max_new_tokens=count, seed=seed, **sampling):
+        assert token is not None  # one row: when it ends, so does the stream
+        tokens.append(token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+    if streamer is not None:
+        streamer.end()
+    return tokens, time.perf_counter() - began, runner.cache_bytes
 
 
 def _cache_bytes(plan: CachePlan, prompt: int, new: int) -> int | None:
@@ -1184,6 +1291,10 @@ def _is_program(model: str) -> bool:
     return (Path(model) / "kvpass.json").is_file()
 
 
+def _is_onnx(model: str) -> bool:
+    return (Path(model) / "kvpass-onnx.json").is_file()
+
+
 def _check_source(model: str) -> None:
     """Refuse what cannot be a model, without looking for it elsewhere."""
     path = Path(model)
@@ -1211,6 +1322,12 @@ def _check_source(model: str) -> None:
 def _source(model: str, device: str | None, dtype: Dtype | None, backend: Backend = Backend.auto) -> str | Transformed:
     """What `kvpass.transform` takes: the path of a Hugging Face model, or a loaded kvpass folder."""
     _check_source(model)
+    if _is_onnx(model):
+        raise RequestError(
+            "an exported folder runs, and cannot be read back",
+            where=model,
+            fix="use `kvpass generate`, or give the model that it was made of",
+        )
     if not _is_program(model):
         return model
 

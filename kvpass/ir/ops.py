@@ -215,6 +215,22 @@ def prune_reference(x: Tensor, *, layer: int, rule: str) -> Tensor:
     return x
 
 
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """RoPE (Su et al., arXiv 2104.09864) of x [B, H, S, D] by angles whose cosines and sines, [.., S, P], broadcast.
+
+    The first 2 P channels turn in pairs: (j, j + P), or (2 j, 2 j + 1) where `interleaved`. The rest stays.
+    """
+    pairs = cos.shape[-1]
+    turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    if interleaved:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+    else:
+        a, b = turning[..., :pairs], turning[..., pairs:]
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([joined, rest], dim=-1) if rest.shape[-1] else joined
+
+
 def make_op(
     namespace: str,
     name: str,
@@ -259,6 +275,10 @@ def _prune_fake(x: Tensor, **options: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _rotary_fake(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _column_mass_fake(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
     rule = Retention.parse(options["rule"])
     dtype = torch.float64 if q.dtype == torch.float64 and rule.by in ("mass", "persistence") else torch.float32
@@ -299,6 +319,7 @@ _OPS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]
     "attend": (attend_reference, _attention_fake, ("cache",)),
     "attend_shared": (attend_shared_reference, _attend_shared_fake, ()),
     "feedback": (feedback_reference, _feedback_fake, ()),
+    "rotary": (rotary_reference, _rotary_fake, ()),
     "prune": (prune_reference, _prune_fake, ()),
     "column_mass": (column_mass_reference, _column_mass_fake, ()),
     "survivors": (survivors_reference, _survivors_fake, ()),

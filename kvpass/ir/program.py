@@ -25,6 +25,7 @@ ATTEND = torch.ops.kvpass.attend.default
 ATTEND_SHARED = torch.ops.kvpass.attend_shared.default
 FEEDBACK = torch.ops.kvpass.feedback.default
 PRUNE = torch.ops.kvpass.prune.default
+ROTARY = torch.ops.kvpass.rotary.default
 COLUMN_MASS = torch.ops.kvpass.column_mass.default
 SURVIVORS = torch.ops.kvpass.survivors.default
 KEEP = torch.ops.kvpass.keep.default

@@ -20,6 +20,7 @@ from kvpass.runtime.selective import SelectiveState
 from kvpass.runtime.state import State
 
 if TYPE_CHECKING:
+    from kvpass.export.onnx.export import Exported
     from kvpass.recipe import Recipe
     from kvpass.runtime.engine import Engine
     from kvpass.runtime.paged import Kind
@@ -237,6 +238,23 @@ class Transformed(nn.Module):
         from kvpass.export.checkpoint import save_pretrained
 
         return save_pretrained(self.program, Path(folder), overwrite=overwrite, report=self.report)
+
+    def export_onnx(
+        self,
+        folder: str | Path,
+        *,
+        target: Literal["ort"] = "ort",
+        dtype: Literal["fp32", "fp16"] = "fp32",
+        positions: int | None = None,
+        overwrite: bool = False,
+    ) -> Exported:
+        """Write an ONNX package that onnxruntime and onnxruntime-genai serve, checked against this program.
+
+        See `kvpass.export.onnx.export.export_onnx`.
+        """
+        from kvpass.export.onnx.export import export_onnx
+
+        return export_onnx(self, folder, target=target, dtype=dtype, positions=positions, overwrite=overwrite)
 
     def _ids(self, input_ids: Tensor) -> Tensor:
         ids = torch.as_tensor(input_ids)

@@ -1,0 +1,1 @@
+"""ONNX packages that stock runtimes serve: lowering, optimization, files, and the check before one is handed over."""

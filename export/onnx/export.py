@@ -1,0 +1,277 @@
+"""`export_onnx`: a transformed model as a folder that ONNX Runtime and onnxruntime-genai serve unmodified.
+
+The order is: refuse what the target cannot express, ask the installed runtime whether it does what the graph will need,
+lower, export, optimize, write beside the output's place, check what was written (`gate`), and only then let the folder
+appear. So a folder that is there was compared with the torch program that it came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from kvpass.errors import RequestError, UnsupportedError
+from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
+from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, ring_window, rows_kept
+from kvpass.output import output_folder
+
+if TYPE_CHECKING:
+    from kvpass.runtime.transformed import Transformed
+
+Target = Literal["ort"]
+MARKER = "kvpass-onnx.json"
+FILE, DATA = "model.onnx", "model.onnx.data"
+FORMAT = 1
+OPSET = 21
+POSITIONS = 4096  # of the tables, where the model has more
+_NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how it was checked.
+
+    Attributes:
+        folder: where.
+        target: the runtime it is for.
+        positions: tokens per row that it reads at most.
+        nodes: how many of each operator the graph has.
+        bytes: of all files.
+        checks: what was compared, with the largest difference relative to the spread of the logits, and the bound.
+        seconds: what each step took.
+    """
+
+    folder: str
+    target: str
+    positions: int
+    nodes: dict[str, int]
+    bytes: int
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def export_onnx(
+    model: Transformed,
+    folder: str | Path,
+    *,
+    target: Target = "ort",
+    dtype: Literal["fp32", "fp16"] = "fp32",
+    positions: int | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a model as an ONNX package and check it against torch before it appears.
+
+    Args:
+        model: what `kvpass.transform` gave.
+        folder: where it is to be; made whole or not at all.
+        target: "ort", operators of ONNX Runtime (GroupQueryAttention).
+        dtype: of weights, caches and arithmetic.
+        positions: tokens per row that the package reads at most; the model's own number, 4096 at most, where None.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        PlanError: the target has no operator for this cache; nothing was read.
+        RequestError: a package is missing, or a folder is in the way.
+        CheckError: the runtime computes something else; nothing is left behind.
+        OutputError: the folder cannot be written.
+    """
+    if target != "ort":
+        raise RequestError(f"there is no target {target!r}", fix="choose 'ort'")
+    check_plan(model.plan)
+    check_program(model.program)
+    require(*_NEEDED)
+    count = _positions(model, positions)
+    from kvpass.export.onnx.gate import check_written, probe
+
+    probe(model.plan, dtype)
+    clock = _Clock()
+    with output_folder(folder, overwrite=overwrite) as partial:
+        with clock("lower"):
+            graph = lower(model.program, model.plan, count)
+        with clock("export"):
+            proto = _to_onnx(graph, dtype)
+        with clock("optimize"):
+            from kvpass.export.onnx.optimize import optimize
+
+            optimize(proto)
+        nodes = Counter(n.op_type for n in proto.graph)
+        with clock("write"):
+            _write(proto, partial)
+            _describe(model, graph, partial, target, dtype)
+        del proto
+        with clock("check"):
+            checks = check_written(model, partial, dtype, count)
+        size = sum(f.stat().st_size for f in partial.iterdir())
+    ordered = dict(sorted(nodes.items(), key=lambda item: (-item[1], item[0])))
+    return Exported(str(folder), target, count, ordered, size, checks, clock.seconds)
+
+
+def require(*packages: str) -> None:
+    """Refuse to go on without these packages.
+
+    Raises:
+        RequestError: with what to install.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RequestError(
+            f"ONNX export needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            fix="pip install 'kvpass[onnx]'",
+        )
+
+
+def _positions(model: Transformed, asked: int | None) -> int:
+    longest = model.program.facts.max_positions
+    if asked is None:
+        return min(longest or POSITIONS, POSITIONS)
+    if asked < 1:
+        raise RequestError(f"positions must be at least 1, not {asked}")
+    return asked
+
+
+class _Clock:
+    """Seconds of named steps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+
+
+def names(owners: tuple[int, ...]) -> tuple[list[str], list[str]]:
+    """The names of a graph's inputs and outputs, as onnxruntime-genai knows them."""
+    parts = [(owner, part) for owner in owners for part in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", *(f"past_key_values.{o}.{p}" for o, p in parts)]
+    return inputs, ["logits", *(f"present.{o}.{p}" for o, p in parts)]
+
+
+def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
+    """The graph as an `onnx_ir.Model`; its weights stay where they are."""
+    module = graph.module.half() if dtype == "fp16" else graph.module
+    batch, length, past = 2, 5, 3
+    caches = [graph.plan[owner] for owner in graph.owners]
+    kind = torch.float16 if dtype == "fp16" else torch.float32
+    rings = [ring_window(graph.plan, o, graph.positions) for o in graph.owners]
+    fixed = [sum(rows_kept(graph.plan, o)) for o in graph.owners]  # rows of caches with sinks, which never grow
+    rows = [f or (w + 1 if w else past) for w, f in zip(rings, fixed, strict=True) for _ in range(2)]
+    pairs = [c for c in caches for _ in range(2)]
+    held = [torch.zeros((batch, c.kv_heads, n, c.key_dim), dtype=kind) for c, n in zip(pairs, rows, strict=True)]
+    # equal names say equal sizes: a past that is a window long has a name of its own
+    lengths = [f"past_sliding_length_{w}" if w else "past_sequence_length" for w in rings for _ in range(2)]
+    arguments = (
+        torch.zeros((batch, length), dtype=torch.long),
+        torch.ones((batch, length + past), dtype=torch.long),
+        *held,
+    )
+    dynamic = torch.export.Dim.DYNAMIC
+    still = [f > 0 for f in fixed for _ in range(2)]
+    pasts = ({0: dynamic} if s else {0: dynamic, 2: dynamic} for s in still)
+    shapes: Any = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, *pasts)
+    named: Any = (
+        {0: "batch_size", 1: "sequence_length"},
+        {0: "batch_size", 1: "total_sequence_length"},
+        *({0: "batch_size"} if s else {0: "batch_size", 2: n} for n, s in zip(lengths, still, strict=True)),
+    )
+    inputs, outputs = names(graph.owners)
+    with _quiet():
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        made = torch.onnx.export(
+            program, input_names=inputs, output_names=outputs, opset_version=OPSET, dynamic_shapes=named,
+            dynamo=True, optimize=True, verbose=False,
+        )  # fmt: skip
+    if made is None:
+        raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
+    return made.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What exporters print and warn of is not for users; errors are raised."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _write(proto: Any, folder: Path) -> None:
+    import onnx_ir
+
+    onnx_ir.save(proto, folder / FILE, external_data=DATA)
+
+
+def _describe(model: Transformed, graph: OnnxGraph, folder: Path, target: str, dtype: str) -> None:
+    """Write what a runner has to know, and what genai does."""
+    facts = model.program.facts
+    config = facts.config or {}
+    document = {
+        "format": FORMAT,
+        "target": target,
+        "dtype": dtype,
+        "positions": graph.positions,
+        "vocab_size": facts.vocab_size,
+        "eos": config.get("eos_token_id"),
+        "layers": [
+            {
+                "owner": o,
+                "kv_heads": graph.plan[o].kv_heads,
+                "head_dim": graph.plan[o].key_dim,
+                "window": ring_window(graph.plan, o, graph.positions) or rows_kept(graph.plan, o)[0],
+                "sinks": rows_kept(graph.plan, o)[1],
+            }
+            for o in graph.owners
+        ],
+        "recipe": model.recipe.dump(),
+    }
+    (folder / MARKER).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    caches = [graph.plan[o] for o in graph.owners]
+    write_genai_config(
+        folder,
+        GenaiFacts(
+            context_length=graph.positions,
+            vocab_size=facts.vocab_size,
+            hidden_size=facts.hidden_size or caches[0].heads * caches[0].key_dim,
+            heads=caches[0].heads,
+            layers=graph.owners,
+            kv_heads=caches[0].kv_heads,
+            head_dim=caches[0].key_dim,
+            windows=tuple(ring_window(graph.plan, o, graph.positions) for o in graph.owners),
+            eos=_ids(config.get("eos_token_id")),
+            bos=next(iter(_ids(config.get("bos_token_id"))), None),
+            pad=next(iter(_ids(config.get("pad_token_id"))), None),
+        ),
+        facts.folder,
+    )
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def summary(exported: Exported) -> dict[str, Any]:
+    """An `Exported` as plain data."""
+    return asdict(exported)

@@ -1,0 +1,288 @@
+"""The check of a written package against torch, which no export leaves out.
+
+A runtime computes what it is told, and some of what it can be told gives wrong numbers without a word: a layer that
+writes keys without naming both of its outputs, for one. So what was written is looked at, run, and compared: a prompt,
+steps behind it, a prompt in two parts, and rows of different lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpass.errors import CheckError, UnsupportedError
+from kvpass.export.onnx.lower import ring_window, rows_kept
+from kvpass.ir.plan import CachePlan
+
+if TYPE_CHECKING:
+    from kvpass.runtime.transformed import Transformed
+
+BOUNDS = {"fp32": 1e-4, "fp16": 2e-2}  # of the logits' spread
+STEPS = 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest difference of logits relative to their spread, and what is allowed."""
+
+    name: str
+    measured: float
+    allowed: float
+
+
+def check_written(model: Transformed, folder: Path, dtype: str, positions: int) -> list[dict[str, Any]]:
+    """Check a folder; what was compared.
+
+    Raises:
+        CheckError: with the comparison and the first layer that differs.
+    """
+    import onnx
+
+    from kvpass.export.onnx.export import FILE
+
+    path = folder / FILE
+    _teach_checker()
+    onnx.checker.check_model(str(path), full_check=False)
+    lint(onnx.load(str(path), load_external_data=False))
+    session = _session(path)
+    return [asdict(check) for check in _compare(model, session, dtype, positions)]
+
+
+def _teach_checker() -> None:
+    """Tell onnx of the one operator that ONNX Runtime has in onnx's own domain and onnx does not."""
+    import onnx
+
+    name = "SimplifiedLayerNormalization"
+    if onnx.defs.has(name):
+        return
+    formal, kinds = onnx.defs.OpSchema.FormalParameter, ["tensor(float)", "tensor(float16)"]
+    attributes = [
+        onnx.defs.OpSchema.Attribute("axis", onnx.defs.OpSchema.AttrType.INT, required=False),
+        onnx.defs.OpSchema.Attribute("epsilon", onnx.defs.OpSchema.AttrType.FLOAT, required=False),
+        onnx.defs.OpSchema.Attribute("stash_type", onnx.defs.OpSchema.AttrType.INT, required=False),
+    ]
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            name, "", 1, inputs=[formal("X", "T"), formal("scale", "T")], outputs=[formal("Y", "T")],
+            type_constraints=[("T", kinds, "")], attributes=attributes,
+        )
+    )  # fmt: skip
+
+
+def lint(proto: Any) -> None:
+    """Refuse graphs that runtimes read wrongly without an error.
+
+    Raises:
+        CheckError: an attention with keys of its own lacks an output for them, or a reader has one.
+    """
+    shapes = {v.name: v for v in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]}
+    for node in proto.graph.node:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        outputs = [o for o in node.output if o]
+        fresh = not (len(node.input) > 1 and _empty(shapes.get(node.input[1])))
+        if fresh and len(outputs) < 3:
+            raise CheckError(f"{node.name} writes keys and values and does not return both", where="the ONNX graph")
+        if not fresh and len(outputs) > 1:
+            raise CheckError(f"{node.name} reads another layer's cache and returns one", where="the ONNX graph")
+
+
+def _empty(value: Any) -> bool:
+    if value is None:
+        return False
+    sizes = value.type.tensor_type.shape.dim
+    return len(sizes) == 3 and sizes[1].HasField("dim_value") and sizes[1].dim_value == 0
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise CheckError(
+            f"ONNX Runtime {onnxruntime.__version__} does not load what was written: {str(error).splitlines()[0]}",
+            where="the ONNX graph",
+            fix="report it, with the model's config",
+        ) from error
+
+
+def _compare(model: Transformed, session: Any, dtype: str, positions: int) -> list[Check]:
+    """Everything that is compared."""
+    facts = model.program.facts
+    longest = min(facts.max_positions or positions, positions)
+    reach = max((c.window + c.sinks for c in model.plan if c.window), default=0)
+    prompt = reach + 7 if 0 < reach <= 256 else 19  # behind the wrap of a window that is not too long
+    prompt = min(prompt, max(2, longest - STEPS))
+    length = min(prompt + STEPS, longest)
+    ids = torch.randint(0, facts.vocab_size, (2, length), generator=torch.Generator().manual_seed(23))
+    with torch.no_grad():
+        right = model(ids).float().cpu()
+    run = _Run(model.plan, session, dtype, positions)
+    allowed = BOUNDS[dtype]
+    checks = []
+
+    def compare(name: str, found: Tensor, expected: Tensor, held: _Held | None, tokens: int = 0) -> None:
+        spread = float(expected.max() - expected.min())
+        worst = float((found - expected).abs().max()) / max(spread, 1e-6)
+        checks.append(Check(name, worst, allowed))
+        if not worst <= allowed:
+            raise CheckError(
+                f"{name}: logits differ from torch's by {worst:.1e} of their spread, and {allowed:.0e} is allowed",
+                where="the ONNX graph" if held is None else _first_layer(model, held, ids[:1, :tokens], allowed, run),
+                fix="nothing was written; report it, with the model's config",
+            )
+        sure = (expected.topk(2, dim=-1).values.diff(dim=-1).abs() > 2 * allowed * spread).squeeze(-1)
+        if not torch.equal(found.argmax(-1)[sure], expected.argmax(-1)[sure]):
+            raise CheckError(f"{name}: the likeliest token is another one than torch's", where="the ONNX graph")
+
+    one = ids[:1]
+    logits, held = run(one[:, :prompt], None)
+    compare("a prompt", logits, right[:1, :prompt], held, prompt)
+    steps = []
+    for at in range(prompt, length):
+        logits, held = run(one[:, at : at + 1], held)
+        steps.append(logits)
+    if steps:
+        compare(f"{len(steps)} steps", torch.cat(steps, 1), right[:1, prompt:], held, length)
+    first = max(1, prompt // 2)
+    _, held = run(one[:, :first], None)
+    logits, held = run(one[:, first:prompt], held)
+    compare("a prompt in two parts", logits, right[:1, first:prompt], held, prompt)
+    counts = [prompt, max(1, prompt - 5)]
+    if run.rings:  # the operator reads prompts of different lengths one at a time where windows wrap
+        rows = [run(ids[i : i + 1, :n], None)[1] for i, n in enumerate(counts)]
+    else:
+        mask = (torch.arange(prompt) < torch.tensor(counts).view(-1, 1)).long()
+        logits, held = run(ids[:, :prompt], None, mask)
+        compare("prompts of two lengths", logits[1:, : counts[1]], right[1:, : counts[1]], None)
+        rows = [held.row(i, n) for i, n in enumerate(counts)]
+    if prompt < length:
+        after = torch.stack([ids[i, n] for i, n in enumerate(counts)]).unsqueeze(1)
+        mask = (torch.arange(prompt + 1) <= torch.tensor(counts).view(-1, 1)).long()
+        logits, _ = run(after, _Held.together(rows), mask)
+        compare(
+            "a step of rows of two lengths",
+            logits,
+            torch.stack([right[i, n] for i, n in enumerate(counts)]).unsqueeze(1),
+            None,
+        )
+    return checks
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Caches between two runs, and how many tokens the longest row has."""
+
+    past: list[Tensor]
+    tokens: int
+
+    def row(self, index: int, tokens: int) -> _Held:
+        """One row alone."""
+        return _Held([t[index : index + 1, :, :tokens] for t in self.past], tokens)
+
+    @staticmethod
+    def together(rows: list[_Held]) -> _Held:
+        """Rows side by side, the shorter ones padded."""
+        joined = []
+        for parts in zip(*(r.past for r in rows), strict=True):
+            most = max(int(p.shape[2]) for p in parts)
+            joined.append(torch.cat([torch.nn.functional.pad(p, (0, 0, 0, most - p.shape[2])) for p in parts]))
+        return _Held(joined, max(r.tokens for r in rows))
+
+
+class _Run:
+    """Runs of a session with caches that are handed on."""
+
+    def __init__(self, plan: CachePlan, session: Any, dtype: str, positions: int) -> None:
+        self.plan, self.session = plan, session
+        self.kind = torch.float16 if dtype == "fp16" else torch.float32
+        self.outputs = [o.name for o in session.get_outputs()]
+        self.rings = {o: w for o in plan.owners() if (w := ring_window(plan, o, positions) or sum(rows_kept(plan, o)))}
+
+    def __call__(self, ids: Tensor, held: _Held | None, mask: Tensor | None = None) -> tuple[Tensor, _Held]:
+        if held is None:
+            shapes = [
+                (len(ids), self.plan[o].kv_heads, self.rings.get(o, 0), self.plan[o].key_dim)
+                for o in self.plan.owners()
+                for _ in range(2)
+            ]
+            held = _Held([torch.zeros(shape, dtype=self.kind) for shape in shapes], 0)
+        total = held.tokens + int(ids.shape[1])
+        if mask is None:
+            mask = torch.ones((len(ids), total), dtype=torch.long)
+        names = [n.replace("present", "past_key_values") for n in self.outputs[1:]]
+        feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        feeds |= {name: t.numpy() for name, t in zip(names, held.past, strict=True)}
+        logits, *presents = (torch.from_numpy(x) for x in self.session.run(self.outputs, feeds))
+        return logits.float(), _Held(presents, total)
+
+
+def _first_layer(model: Transformed, held: _Held, ids: Tensor, allowed: float, run: _Run) -> str:
+    """The first layer whose keys or values differ from torch's, as far as caches that hold all tokens tell."""
+    _, state = model.prefill(ids)
+    previous = ""
+    for index, owner in enumerate(model.plan.owners()):
+        if owner in run.rings:
+            continue
+        pairs = zip(held.past[2 * index : 2 * index + 2], state.stores[owner], strict=False)
+        for name, (found, expected) in zip(("keys", "values"), pairs, strict=True):
+            right = expected[:, :, : ids.shape[1]].float()
+            error = float((found.float() - right).abs().max()) / max(float(right.abs().max()), 1e-6)
+            if not error <= 10 * allowed:
+                return f"the first {name} that differ are those of layer {owner}{previous}"
+        previous = f"; those of layer {owner} do not"
+    return f"no keys or values differ{previous and previous.replace('do not', 'are right')}: look behind its attention"
+
+
+def probe(plan: CachePlan, dtype: str) -> None:
+    """Ask the installed runtime for what the graph will need, by running one operator.
+
+    Raises:
+        UnsupportedError: it does not do it, with its version.
+    """
+    import numpy
+    import onnx
+    import onnxruntime
+
+    if not any(not c.owner for c in plan):
+        return
+    kind = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
+    tensor = onnx.helper.make_tensor_value_info
+    inputs = [
+        tensor("q", kind, [1, 1, 16]), tensor("k", kind, [1, 0, 16]), tensor("v", kind, [1, 0, 16]),
+        tensor("pk", kind, [1, 1, 2, 16]), tensor("pv", kind, [1, 1, 2, 16]),
+        tensor("n", onnx.TensorProto.INT32, [1]), tensor("t", onnx.TensorProto.INT32, []),
+    ]  # fmt: skip
+    node = onnx.helper.make_node(
+        "GroupQueryAttention", [i.name for i in inputs], ["o"], domain="com.microsoft", num_heads=1, kv_num_heads=1
+    )
+    graph = onnx.helper.make_graph([node], "probe", inputs, [tensor("o", kind, [1, 1, 16])])
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    real = numpy.float16 if dtype == "fp16" else numpy.float32
+    feeds = {i.name: numpy.ones([d.dim_value for d in i.type.tensor_type.shape.dim], real) for i in inputs[:5]}
+    feeds |= {"n": numpy.array([1], numpy.int32), "t": numpy.array(2, numpy.int32)}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        out = session.run(None, feeds)[0]
+    except Exception as error:
+        raise UnsupportedError(
+            f"ONNX Runtime {onnxruntime.__version__} does not let a layer read another one's cache",
+            where="GroupQueryAttention with no keys of its own",
+            fix="install onnxruntime 1.31 or later, or leave out ShareLayers",
+        ) from error
+    if not numpy.allclose(out, 1.0, atol=1e-2):
+        raise UnsupportedError(
+            f"ONNX Runtime {onnxruntime.__version__} reads another layer's cache wrongly",
+            where="GroupQueryAttention with no keys of its own",
+            fix="install onnxruntime 1.31 or later, or leave out ShareLayers",
+        )

@@ -1,0 +1,400 @@
+"""From a program to a graph of ONNX operators: what `export` runs before weights are written.
+
+The entry `decode` of the cache pass is the model with a cache; here its attention becomes GroupQueryAttention of ONNX
+Runtime, whose inputs and outputs are the caches, RoPE included where `raise_rotary` has shown it. One graph serves
+prompts and decoding, as onnxruntime-genai runs it: `attention_mask` says how long rows are.
+
+Shapes: B batch, S new tokens, P tokens in the cache, H query heads, Hkv KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvpass.errors import PlanError
+from kvpass.ir.execute import ancestors
+from kvpass.ir.fold import fold_weights
+from kvpass.ir.ops import rotary_reference
+from kvpass.ir.plan import CachePlan, LayerCache
+from kvpass.ir.program import ATTEND, ROTARY, Program, Weight, aten, insert_call, merge_equal, sweep, to_module
+from kvpass.ir.sites import SiteFinder
+from kvpass.passes.insert_cache import Inserted, insert_cache
+from kvpass.passes.raise_rotary import raise_rotary
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """A program made of what ONNX has.
+
+    Attributes:
+        module: (input_ids [B, S], attention_mask [B, P + S], then the past key and value of every owner
+            [B, Hkv, P, D]) -> (logits [B, S, V], then the present key and value of every owner).
+        owners: the layers that have keys and values, in that order.
+        plan: what they store.
+        positions: how many positions its tables have.
+    """
+
+    module: fx.GraphModule
+    owners: tuple[int, ...]
+    plan: CachePlan
+    positions: int
+
+
+def lower(program: Program, plan: CachePlan, positions: int) -> OnnxGraph:
+    """Lower a program for sequences of up to `positions` tokens; see `check_plan` for what is refused."""
+    check_plan(plan)
+    folded = fold_weights(program)
+    raise_rotary(folded, positions)
+    inserted = insert_cache(folded, plan)
+    graph = folded.entries["decode"]
+    tables = _hold_tables(folded, inserted, graph, positions)
+    _Lowering(folded, plan, graph, tables, positions).run()
+    used = sorted({str(n.target) for n in graph.nodes if n.op == "get_attr"})
+    tensors = {name: _parameter(folded, name) for name in used}
+    module = to_module(folded, "decode", tensors)
+    return OnnxGraph(module, tuple(plan.owners()), plan, positions)
+
+
+def check_plan(plan: CachePlan) -> None:
+    """Refuse what cannot be expressed, before anything is read.
+
+    Raises:
+        PlanError: with the layer and the reason.
+    """
+    for cache in plan:
+        reason, fix = _why_not(cache)
+        if reason:
+            raise PlanError(f"layer {cache.layer} cannot be exported for ONNX Runtime: {reason}", fix=fix)
+    if plan.selective:
+        raise PlanError(
+            "a cache whose tokens are chosen by rank cannot be exported for ONNX Runtime yet",
+            fix="leave out EvictKV and PrunePyramid",
+        )
+
+
+def check_program(program: Program) -> None:
+    """Refuse attention that the operator does not compute.
+
+    Raises:
+        PlanError: with the layer and the reason.
+    """
+    for site in SiteFinder(program):
+        for name, words in (("alibi_slopes", "ALiBi"), ("sink_q", "positions counted in the cache")):
+            if site.optional(name) is not None:
+                raise PlanError(
+                    f"layer {site.layer} cannot be exported for ONNX Runtime: its attention has {words}",
+                    fix="choose another runtime",
+                )
+
+
+def _why_not(cache: LayerCache) -> tuple[str, str]:
+    if not cache.format.full:
+        what = "its numbers are stored per token, which GroupQueryAttention does not read"
+        return what, "leave out QuantizeKV"
+    if cache.page:
+        return "pages belong to a server", "leave out PageKV"
+    if cache.upward:
+        return "it reads a layer above it", "share layers downward (cla, yoco)"
+    if cache.positions:
+        return f"its mask is a table ({cache.positions})", "choose another model, or another runtime"
+    if cache.key_dim != cache.value_dim:
+        return f"keys have {cache.key_dim} channels and values {cache.value_dim}", "choose another runtime"
+    if cache.key_dim % 8:
+        return f"heads of {cache.key_dim} channels are no multiple of 8", "choose another runtime"
+    return "", ""
+
+
+def _parameter(program: Program, name: str) -> Tensor:
+    tensor = program.read(name)
+    return tensor if program.weights[name].constant else torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _hold_tables(program: Program, inserted: Inserted, graph: fx.Graph, positions: int) -> dict[str, fx.Node]:
+    """Make the tables of positions weights of the graph; per input that held one, what holds it now."""
+    finder = SiteFinder(program)
+    values = finder.run([t.node for t in inserted.tables], {}, 1, positions) if inserted.tables else []
+    held: dict[str, fx.Node] = {}
+    first = next(iter(graph.nodes))
+    for table, value in zip(inserted.tables, values, strict=True):
+        name = f"table_{table.node.name}"
+        program.weights[name] = Weight.of(table.rows(value), constant=True)
+        with graph.inserting_before(first):
+            held[name] = graph.create_node("get_attr", name, name=f"held_{name}")
+    return held
+
+
+class _Lowering:
+    """One graph on its way from the dialect to ONNX."""
+
+    def __init__(
+        self, program: Program, plan: CachePlan, graph: fx.Graph, tables: dict[str, fx.Node], positions: int
+    ) -> None:
+        self.program, self.plan, self.graph, self.positions = program, plan, graph, positions
+        self.inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+        self.body = next(n for n in graph.nodes if n.op == "call_function")
+        for name, node in tables.items():
+            self.inputs[name].replace_all_uses_with(node)
+        self.ids = self.inputs["input_ids"]
+        self.fresh: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self.presents: dict[int, tuple[fx.Node, fx.Node]] = {}
+
+    def call(self, before: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
+        return insert_call(self.graph, before, target, *arguments, **options)
+
+    def run(self) -> None:
+        graph = self.graph
+        anchor = self.ids
+        with graph.inserting_after(anchor):
+            self.mask = anchor = graph.placeholder("attention_mask")
+        self.past: dict[int, list[fx.Node]] = {}
+        for owner in self.plan.owners():
+            self.past[owner] = []
+            for part in ("key", "value"):
+                with graph.inserting_after(anchor):
+                    anchor = graph.placeholder(f"past_{owner}_{part}")
+                self.past[owner].append(anchor)
+        self._lengths()
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target is ATTEND:
+                self._attend(node)
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target is ROTARY:
+                _spell_out(node)
+        logits = graph.output_node().args[0]
+        outputs = [logits, *(n for owner in self.plan.owners() for n in self.presents[owner])]
+        graph.output_node().args = (tuple(outputs),)
+        sweep(graph)
+        for node in self.inputs.values():
+            if node is not self.ids and not node.users:
+                graph.erase_node(node)
+        merge_equal(graph, data=True)
+
+    def _lengths(self) -> None:
+        """What the operator is told of lengths, and where rows start, all from the mask."""
+        body = self.body
+        held = self.call(body, aten.sum.dim_IntList, self.mask, [1])  # [B] tokens of each row, the new ones included
+        self.seqlens = self.call(
+            body, aten._to_copy.default, self.call(body, aten.sub.Tensor, held, 1), dtype=torch.int32
+        )
+        total = self.call(body, aten.sym_size.int, self.mask, 1)
+        self.total = self.call(body, aten.scalar_tensor.default, total, dtype=torch.int32)
+        starts = self.inputs["starts"]
+        self.starts = starts
+        sunk = any(cache.sinks for cache in self.plan)
+        if sunk or any(u.op == "call_function" and u.target is not ATTEND for u in starts.users):
+            # a prompt begins at 0, however short the row; one more token stands behind those that the row has
+            length = self.call(body, aten.sym_size.int, self.ids, 1)
+            count = self.call(body, aten.scalar_tensor.default, length, dtype=torch.int64)
+            one = self.call(body, aten.eq.Scalar, count, 1)
+            whole = self.call(body, aten.scalar_tensor.default, total, dtype=torch.int64)
+            before = self.call(body, aten.sub.Tensor, whole, length)
+            here = self.call(body, aten.where.self, one, self.call(body, aten.sub.Tensor, held, 1), before)
+            self.starts = self.call(body, aten._to_copy.default, here, dtype=torch.int64)
+            starts.replace_all_uses_with(self.starts)
+        base = self.inputs["base"]
+        for user in list(base.users):
+            user.args = tuple(0 if a is base else a for a in user.args)
+
+    def _attend(self, node: fx.Node) -> None:
+        arguments: list[Any] = [*node.args, *[None] * 10][:10]
+        options: dict[str, Any] = dict(node.kwargs)
+        layer = int(options["layer"])
+        cache = self.plan[layer]
+        owner = layer if cache.kv_source is None else cache.kv_source
+        if self.plan[owner].sinks:
+            self._attend_sinks(node, owner, arguments, options)
+            return
+        q, k, v = arguments[:3]
+        cos: fx.Node | None = None
+        sin: fx.Node | None = None
+        interleaved = False
+        if _turned_alike(q, k):
+            tables = [self._table(q.args[i]) for i in (1, 2)]
+            pairs = self.program.weights[str(tables[0].target)].shape[-1]
+            if cache.key_dim % 16 == 0 and pairs % 8 == 0:  # what the operator asks for
+                interleaved = bool(q.kwargs["interleaved"])
+                (cos, sin), q, k = tables, q.args[0], k.args[0]
+        batch = self.call(node, aten.sym_size.int, self.ids, 0)
+        length = self.call(node, aten.sym_size.int, self.ids, 1)
+
+        def packed(x: fx.Node, heads: int, dim: int) -> fx.Node:
+            beside = self.call(node, aten.transpose.int, x, 1, 2)
+            return self.call(node, aten.reshape.default, beside, [batch, length, heads * dim])
+
+        dim = cache.key_dim
+        query = packed(q, cache.heads, dim)
+        past = list(self.past[owner])
+        attributes: dict[str, Any] = {
+            "num_heads": cache.heads,
+            "kv_num_heads": cache.kv_heads,
+            "scale": float(options["scale"]),
+        }
+        if options.get("softcap"):
+            attributes["softcap"] = float(options["softcap"])
+        window = ring_window(self.plan, owner, self.positions)
+        if window:
+            attributes |= {"local_window_size": window, "sliding_window_cache": 1}
+        elif options.get("window"):
+            attributes["local_window_size"] = int(options["window"])
+        if cos is not None:
+            attributes |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
+        fresh = bool(window) or owner not in self.presents
+        if layer != owner and window:  # readers of a ring need keys too: all write it, and what the last wrote stays
+            key, value = self.fresh[owner]
+        elif fresh:
+            key, value = packed(k, cache.kv_heads, dim), packed(v, cache.kv_heads, dim)
+            self.fresh[owner] = (key, value)
+        else:  # a reader: no keys of its own, the past is what the owner has now
+            none = self.call(node, aten.slice.Tensor, query, 1, 0, 0)
+            key = value = self.call(node, aten.slice.Tensor, none, 2, 0, cache.kv_heads * dim)
+            past = list(self.presents[owner])
+        found = self.call(
+            node, group_query_attention,
+            query, key, value, *past, self.seqlens, self.total, cos, sin, arguments[6],
+            attributes=attributes, fresh=fresh, ring=bool(window),
+        )  # fmt: skip
+        out = self.call(node, _item, found, 0)
+        if fresh:
+            self.presents[owner] = (self.call(node, _item, found, 1), self.call(node, _item, found, 2))
+        apart = self.call(node, aten.reshape.default, out, [batch, length, cache.heads, dim])
+        node.replace_all_uses_with(self.call(node, aten.transpose.int, apart, 1, 2))
+        self.graph.erase_node(node)
+
+    def _attend_sinks(self, node: fx.Node, owner: int, arguments: list[Any], options: dict[str, Any]) -> None:
+        """Sinks and a window: no operator has them, so attention is spelled out over a cache of their size."""
+        window, sinks = rows_kept(self.plan, owner)
+        found = self.call(
+            node, attend_sinks, *arguments[:3], *self.past[owner], self.starts, arguments[6],
+            scale=float(options["scale"]), softcap=float(options.get("softcap") or 0.0),
+            window=int(options["window"]), sinks=int(options["sinks"]), held=(window, sinks),
+        )  # fmt: skip
+        if int(str(options["layer"])) == owner:
+            self.presents[owner] = (self.call(node, _item, found, 1), self.call(node, _item, found, 2))
+        node.replace_all_uses_with(self.call(node, _item, found, 0))
+        self.graph.erase_node(node)
+
+    def _table(self, gathered: Any) -> fx.Node:
+        """The whole table that rows were read from."""
+        tables = [n for n in ancestors([gathered]) if n.op == "get_attr"]
+        assert len(tables) == 1
+        return tables[0]
+
+
+def ring_window(plan: CachePlan, owner: int, positions: int) -> int:
+    """The window alone that an owner's past is bounded by, else 0."""
+    window = plan.layout(owner).window
+    if plan.layout(owner).sinks:
+        return 0
+    alike = all(c.window == window for c in plan.readers(owner))
+    return window if alike and 0 < window < positions else 0
+
+
+def rows_kept(plan: CachePlan, owner: int) -> tuple[int, int]:
+    """The window and the sinks of a cache that keeps both; (0, 0) for another one."""
+    layout = plan.layout(owner)
+    return (layout.window, layout.sinks) if layout.sinks else (0, 0)
+
+
+def attend_sinks(
+    q: Tensor,  # [B, H, S, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,
+    past_key: Tensor,  # [B, Hkv, sinks + window, D]: the first tokens, then the latest in order
+    past_value: Tensor,
+    starts: Tensor,  # [B] tokens that were there before
+    sink_logits: Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
+    window: int,
+    sinks: int,
+    held: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over sinks and a window (StreamingLLM, arXiv 2309.17453), and the cache with S new tokens in it."""
+    batch, kv_heads, length, dim = k.shape
+    kept, first = held  # of the store: rows of its window, and of its sinks before them
+    device = q.device
+    new = torch.arange(length, device=device)
+    here = starts.view(-1, 1) + new  # [B, S]
+    slot = torch.arange(first, device=device).view(1, -1)
+    sunk = torch.where(slot < starts.view(-1, 1), slot, -1)
+    latest = starts.view(-1, 1) - kept + torch.arange(kept, device=device)
+    places = torch.cat([sunk, torch.where(latest >= first, latest, -1), here], dim=1).view(batch, 1, 1, -1)
+    query = here.view(batch, 1, -1, 1)
+    seen = (places >= 0) & (places <= query) & ((places > query - window) | (places < sinks))
+    keys, values = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
+    group = q.shape[1] // kv_heads
+    packed = q.reshape(batch, kv_heads, group * length, dim)
+    scores = torch.matmul(packed, keys.transpose(2, 3)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.reshape(batch, kv_heads * group, length, first + kept + length)
+    scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
+    if sink_logits is not None:
+        logit = sink_logits.to(scores.dtype).view(1, -1, 1, 1).expand(batch, kv_heads * group, length, 1)
+        weights = torch.softmax(torch.cat([scores, logit], dim=3), dim=3)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=3)
+    out = torch.matmul(weights.reshape(batch, kv_heads, group * length, first + kept + length), values)
+    presents = []
+    index = (slot - starts.view(-1, 1)).clamp(0, length - 1).view(batch, 1, first, 1)  # of new tokens that are sinks
+    arrives = ((slot >= starts.view(-1, 1)) & (slot < starts.view(-1, 1) + length)).view(batch, 1, first, 1)
+    for past, fresh in ((past_key, k), (past_value, v)):
+        begin = torch.where(arrives, fresh.gather(2, index.expand(batch, kv_heads, first, dim)), past[:, :, :first])
+        rolled = torch.cat([past[:, :, first:], fresh], dim=2)[:, :, length : length + kept]
+        presents.append(torch.cat([begin, rolled], dim=2))
+    return out.reshape(batch, kv_heads * group, length, dim), presents[0], presents[1]
+
+
+def _item(values: tuple[Tensor, ...], index: int) -> Tensor:
+    return values[index]
+
+
+def _turned_alike(q: Any, k: Any) -> bool:
+    if not (isinstance(q, fx.Node) and isinstance(k, fx.Node) and q.target is ROTARY and k.target is ROTARY):
+        return False
+    return q.args[1:] == k.args[1:] and q.kwargs == k.kwargs
+
+
+def _spell_out(node: fx.Node) -> None:
+    """RoPE that the operator does not do, as additions and products."""
+    node.target = rotary_reference
+
+
+def group_query_attention(
+    query: Tensor,  # [B, S, H*D]
+    key: Tensor,  # [B, S or 0, Hkv*D]
+    value: Tensor,
+    past_key: Tensor,  # [B, Hkv, P, D]
+    past_value: Tensor,
+    seqlens: Tensor,  # [B] int32: tokens of each row, less 1
+    total: Tensor,  # int32: tokens of the longest row
+    cos: Tensor | None,
+    sin: Tensor | None,
+    sink_logits: Tensor | None,
+    *,
+    attributes: dict[str, Any],
+    fresh: bool,
+    ring: bool,
+) -> tuple[Tensor, ...]:
+    """`com.microsoft::GroupQueryAttention`; a reader of another layer's cache has no presents of its own."""
+    batch, heads, past, dim = past_key.shape
+    shapes: list[Any] = [list(query.shape)]
+    dtypes = [query.dtype]
+    if fresh:
+        shapes += [[batch, heads, past if ring else past + query.shape[1], dim]] * 2
+        dtypes += [past_key.dtype] * 2
+    inputs: list[Tensor | None] = [query, key, value, past_key, past_value, seqlens, total, cos, sin]
+    if sink_logits is not None:
+        inputs += [None, None, sink_logits]
+    while inputs and inputs[-1] is None:
+        inputs.pop()
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention", inputs, attributes, dtypes=dtypes, shapes=shapes, version=1
+        )
+    )

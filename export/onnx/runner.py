@@ -1,0 +1,450 @@
+"""`OnnxModel`: runs an exported folder in ONNX Runtime, with caches that are written where they lie.
+
+What `export_onnx` wrote is served by onnxruntime-genai too; this is the loop for Python, for the check of an export and
+for benchmarks. One buffer per layer that has keys and values is bound as past and as present, so a step moves nothing
+but its own tokens. Neighbours may rely on rows of different lengths giving what they give alone.
+
+Shapes: B batch, S tokens of the longest prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvpass.errors import RequestError, SourceError
+from kvpass.export.onnx.export import FILE, FORMAT, MARKER
+
+CHUNK = 512  # tokens that one run reads of a prompt; bounds the memory of its logits
+SLACK = 16  # rows behind a window on the CPU, which then moves its rows up once in SLACK + 1 tokens
+_KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The cache of one layer: [B, kv_heads, rows, head_dim] twice; with a window, rows do not grow.
+
+    With sinks, the graph gives a new cache instead of writing into the old one.
+    """
+
+    owner: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    sinks: int
+
+    def rows(self, capacity: int, slack: int) -> int:
+        """Rows for `capacity` tokens; the operator asks for a whole window, however short the text."""
+        if not self.window:
+            return capacity
+        if self.sinks:
+            return self.sinks + self.window
+        return self.window + (slack if capacity > self.window else 0)
+
+
+class OnnxModel:
+    """An exported model and the caches of the rows that it is generating.
+
+    Attributes:
+        positions: tokens that a row has at most, generated ones included.
+        vocab_size: token ids are below it.
+        eos: ids that end a row where `generate` is not told others.
+    """
+
+    def __init__(self, session: Any, layers: Sequence[_Layer], positions: int, vocab_size: int, eos: Sequence[int]):
+        self.session = session
+        self.positions = positions
+        self.vocab_size = vocab_size
+        self.eos = tuple(eos)
+        self._layers = tuple(layers)
+        kind = next((i.type for i in session.get_inputs() if i.name.startswith("past_key_values.")), "tensor(float)")
+        self._kind = _KINDS[kind]
+        self._device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        self._buffers: dict[str, Any] = {}
+        self._fresh: dict[str, Any] = {}
+        self._held: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._capacity = 0
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, providers: Sequence[str] | None = None, threads: int | None = None
+    ) -> OnnxModel:
+        """Load what `export_onnx` wrote.
+
+        Args:
+            folder: with `model.onnx` and `kvpass-onnx.json`.
+            providers: execution providers of ONNX Runtime, best first; the CPU's where None.
+            threads: that compute an operator; one per core where None.
+
+        Raises:
+            RequestError: ONNX Runtime is not installed, or has none of a provider.
+            SourceError: the folder is none of kvpass's, or is damaged.
+        """
+        path = Path(folder)
+        marker = _read_marker(path)
+        session = _session(path, list(providers or ["CPUExecutionProvider"]), threads)
+        try:
+            layers = [
+                _Layer(*(int(e[k]) for k in ("owner", "kv_heads", "head_dim", "window", "sinks")))
+                for e in marker["layers"]
+            ]
+            positions, vocab_size = int(marker["positions"]), int(marker["vocab_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SourceError(
+                f"the exported folder is damaged: {error!r}", where=str(path / MARKER), fix="export the model again"
+            ) from error
+        _check_graph(session, layers, path)
+        if session.get_providers()[0] != "CPUExecutionProvider" and any(layer.sinks for layer in layers):
+            raise RequestError("caches with sinks are run on a CPU only", fix="leave out providers=")
+        eos = marker.get("eos")
+        listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        return cls(session, layers, positions, vocab_size, listed)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches take: those of all tokens that there is room for."""
+        buffers = [*self._buffers.values(), *self._fresh.values()]
+        return sum(int(np.prod(b.shape())) for b in buffers) * np.dtype(self._kind).itemsize
+
+    def prefill(
+        self, ids: ArrayLike, lengths: ArrayLike | None = None, *, capacity: int | None = None
+    ) -> NDArray[np.float32]:
+        """Read prompts into new caches.
+
+        Rows are read together where one run holds them all, else one after the other and in parts: the operator reads
+        on behind a cache in one row only, and a window only takes prompts of one length.
+
+        Args:
+            ids: [B, S] prompts, padded on the right with anything.
+            lengths: [B] tokens of each row; S where None.
+            capacity: tokens per row to make caches for, those to come included; all positions where None.
+
+        Returns:
+            [B, V] logits of the token behind each prompt.
+
+        Raises:
+            RequestError: a prompt is empty or longer than the model reads, or holds unknown ids.
+        """
+        tokens, counts = self._prompts(ids, lengths)
+        batch, longest = tokens.shape
+        self._capacity = self.positions if capacity is None else min(max(capacity, longest), self.positions)
+        self._allocate(batch)
+        alike = bool((counts == longest).all()) or not any(layer.window for layer in self._layers)
+        if longest <= CHUNK and alike:
+            logits = self._run(tokens, counts, counts - 1, slice(0, batch))
+        else:
+            logits = np.concatenate([self._read_alone(tokens, row, int(count)) for row, count in enumerate(counts)])
+        self._held = counts
+        return logits
+
+    def _read_alone(self, tokens: NDArray[np.int64], row: int, count: int) -> NDArray[np.float32]:
+        """Logits [1, V] behind one prompt, read in parts into its rows of the caches."""
+        for begin in range(0, count, CHUNK):
+            end = min(count, begin + CHUNK)
+            part = tokens[row : row + 1, begin:end]
+            logits = self._run(part, np.array([end]), np.array([end - begin - 1]), slice(row, row + 1))
+        return logits
+
+    def decode(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Read one more token of each row.
+
+        Args:
+            ids: [B, 1].
+
+        Returns:
+            [B, V] logits of the token behind it.
+
+        Raises:
+            RequestError: there was no prompt, the caches are full, or an id is unknown.
+        """
+        tokens = _integers(ids, "ids")
+        if tokens.shape != (len(self._held), 1) or not len(tokens):
+            raise RequestError(
+                f"a step reads one token of each of {len(self._held)} rows, and was given {list(tokens.shape)}",
+                fix="call prefill first, and give ids of shape [B, 1]",
+            )
+        self._check_ids(tokens)
+        if int(self._held.max()) >= self._capacity:
+            raise RequestError(
+                f"the caches hold {self._capacity} tokens per row and are full",
+                fix=f"call prefill with a larger capacity; the model reads {self.positions} tokens at most",
+            )
+        self._held = self._held + 1
+        return self._run(tokens, self._held, np.zeros_like(self._held), slice(0, len(tokens)))
+
+    def generate(
+        self,
+        ids: ArrayLike,
+        lengths: ArrayLike | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        eos: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Continue prompts; see `stream` for the arguments.
+
+        Returns:
+            the new ids of each row, the one that ended it included.
+        """
+        rows: list[list[int]] = []
+        for tokens in self.stream(
+            ids, lengths, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+            eos=eos,
+        ):  # fmt: skip
+            rows = rows or [[] for _ in tokens]
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    def stream(
+        self,
+        ids: ArrayLike,
+        lengths: ArrayLike | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        eos: Sequence[int] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Continue prompts token by token.
+
+        Args:
+            ids: [B, S] prompts, padded on the right.
+            lengths: [B] tokens of each row; S where None.
+            max_new_tokens: per row.
+            temperature: divides the logits before a token is drawn; 0 takes the likeliest.
+            top_p: draw from the fewest tokens that have this much of the probability together.
+            top_k: draw from so many likeliest tokens; 0 for all.
+            seed: of the draws.
+            eos: ids that end a row; the model's own where None, () for none.
+
+        Yields:
+            the next id of each row, None where the row has ended.
+
+        Raises:
+            RequestError: as `prefill`, or the text would grow too long for the model, or an option is out of range.
+        """
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+            raise RequestError(
+                f"temperature={temperature}, top_p={top_p}, top_k={top_k} are no sampling options",
+                fix="temperature >= 0, 0 < top_p <= 1, top_k >= 0",
+            )
+        tokens, counts = self._prompts(ids, lengths)
+        asked = int(counts.max()) + max_new_tokens - 1  # the last token is not read again
+        if asked > self.positions:
+            raise RequestError(
+                f"a prompt of {counts.max()} tokens and {max_new_tokens} new ones are more than the {self.positions} "
+                "that the model reads",
+                fix="ask for fewer tokens, or export with more positions",
+            )
+        ends = set(self.eos if eos is None else eos)
+        random = np.random.default_rng(seed)
+        logits = self.prefill(tokens, counts, capacity=asked)
+        ended = np.zeros(len(tokens), bool)
+        for step in range(max_new_tokens):
+            chosen = _choose(logits, temperature, top_p, top_k, random)
+            yield [None if over else token for over, token in zip(ended.tolist(), chosen.tolist(), strict=True)]
+            ended |= np.isin(chosen, list(ends))
+            if ended.all() or step + 1 == max_new_tokens:
+                return
+            logits = self.decode(chosen[:, None])
+
+    # ------------------------------------------------------------------ what is asked
+
+    def _prompts(self, ids: ArrayLike, lengths: ArrayLike | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The prompts with padding of id 0, and the tokens of each."""
+        tokens = _integers(ids, "prompts")
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise RequestError(f"prompts are ids [B, S] of at least one token, not of shape {list(tokens.shape)}")
+        batch, longest = tokens.shape
+        counts = np.full(batch, longest, np.int64) if lengths is None else _integers(lengths, "lengths")
+        if counts.shape != (batch,) or counts.min() < 1 or counts.max() > longest:
+            raise RequestError(
+                f"lengths of {batch} prompts of up to {longest} tokens are {batch} numbers from 1 to {longest}, "
+                f"not {counts.tolist()}"
+            )
+        tokens = tokens[:, : int(counts.max())]
+        tokens[np.arange(tokens.shape[1]) >= counts[:, None]] = 0
+        if tokens.shape[1] > self.positions:
+            raise RequestError(
+                f"a prompt of {tokens.shape[1]} tokens is longer than the {self.positions} that the model reads",
+                fix="shorten it, or export with more positions",
+            )
+        self._check_ids(tokens)
+        return tokens, counts
+
+    def _check_ids(self, tokens: NDArray[np.int64]) -> None:
+        wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if wrong.size:
+            raise RequestError(
+                f"token id {wrong[0]} is none of the model's {self.vocab_size}",
+                fix="encode the text with the tokenizer in the exported folder",
+            )
+
+    # ------------------------------------------------------------------ what runs
+
+    def _allocate(self, batch: int) -> None:
+        """Caches of their own size for every layer, and one binding for steps of all rows."""
+        from onnxruntime import OrtValue
+
+        self._held = np.zeros(0, np.int64)
+        slack = SLACK if self._device == "cpu" else 0  # the CUDA kernel takes no more rows than the window
+        self._buffers.clear()
+        self._fresh.clear()
+        for layer in self._layers:
+            shape = (batch, layer.kv_heads, layer.rows(self._capacity, slack), layer.head_dim)
+            for part in ("key", "value"):
+                name, empty = f"{layer.owner}.{part}", np.zeros(shape, self._kind)
+                self._buffers[name] = OrtValue.ortvalue_from_numpy(empty, self._device, 0)
+                if layer.sinks:
+                    self._fresh[name] = OrtValue.ortvalue_from_numpy(empty.copy(), self._device, 0)
+        self._all = slice(0, batch)
+        self._binding = self._bound(self._all)
+
+    def _bound(self, rows: slice) -> Any:
+        """A binding whose pasts and presents are these rows of the caches, where they lie."""
+        binding = self.session.io_binding()
+        for name, buffer in self._buffers.items():
+            _, *rest = buffer.shape()
+            shape, ahead = (
+                [rows.stop - rows.start, *rest],
+                rows.start * int(np.prod(rest)) * np.dtype(self._kind).itemsize,
+            )
+            past, present = buffer.data_ptr(), self._fresh.get(name, buffer).data_ptr()
+            binding.bind_input(f"past_key_values.{name}", self._device, 0, self._kind, shape, past + ahead)
+            binding.bind_output(f"present.{name}", self._device, 0, self._kind, shape, present + ahead)
+        return binding
+
+    def _run(
+        self, tokens: NDArray[np.int64], held: NDArray[np.int64], at: NDArray[np.int64], rows: slice
+    ) -> NDArray[np.float32]:
+        """Logits [rows, V] behind token `at` of each row, of tokens that are the last of `held` ones."""
+        binding = self._binding if rows == self._all else self._bound(rows)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
+        binding.bind_cpu_input("attention_mask", (np.arange(held.max()) < held[:, None]).astype(np.int64))
+        binding.bind_output("logits")
+        self.session.run_with_iobinding(binding)
+        for name, fresh in self._fresh.items():
+            self._buffers[name].numpy()[rows] = fresh.numpy()[rows]
+        value = binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
+        logits: NDArray[np.float32] = value.numpy()[np.arange(len(tokens)), at].astype(np.float32)
+        return logits
+
+
+def _integers(values: ArrayLike, what: str) -> NDArray[np.int64]:
+    """A copy of what the caller gave."""
+    try:
+        found = np.asarray(values)
+    except ValueError as error:
+        raise RequestError(f"{what} are rows of one length: {error}", fix="pad them on the right") from error
+    if found.size and found.dtype.kind not in "iu":
+        raise RequestError(f"{what} are integers, not {found.dtype}")
+    return found.astype(np.int64)
+
+
+def _choose(
+    logits: NDArray[np.float32], temperature: float, top_p: float, top_k: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """One id per row of logits [B, V]: the likeliest, or drawn from what top_k and then top_p leave."""
+    if temperature == 0:
+        return logits.argmax(axis=-1)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    ranked = np.take_along_axis(logits, order, axis=-1).astype(np.float64) / temperature
+    if top_k:
+        ranked[:, top_k:] = -np.inf
+    chances = np.exp(ranked - ranked[:, :1])
+    chances /= chances.sum(axis=-1, keepdims=True)
+    before = chances.cumsum(axis=-1) - chances
+    chances[before >= top_p] = 0.0
+    total = chances.cumsum(axis=-1)
+    drawn = random.random((len(logits), 1)) * total[:, -1:]
+    picked = (total <= drawn).sum(axis=-1)
+    return np.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    marker = path / MARKER
+    if not marker.is_file():
+        raise SourceError(
+            f"{path} holds no ONNX package of kvpass",
+            where=str(marker),
+            fix="give a folder that export_onnx or `kvpass export` wrote",
+        )
+    try:
+        document: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+        version = document["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"the exported folder is damaged: {error!r}", where=str(marker), fix="export the model again"
+        ) from error
+    if version != FORMAT:
+        raise SourceError(
+            f"the folder was exported in format {version}; this version reads format {FORMAT}",
+            where=str(marker),
+            fix="open it with the version of kvpass that exported it, or export the model again",
+        )
+    return document
+
+
+def _session(path: Path, providers: list[str], threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RequestError(
+            "running an ONNX package needs onnxruntime, which is not installed", fix="pip install 'kvpass[cpu]'"
+        ) from error
+    missing = [p for p in providers if p not in onnxruntime.get_available_providers()]
+    if missing:
+        raise RequestError(
+            f"ONNX Runtime {onnxruntime.__version__} has no {missing[0]}",
+            fix=f"choose from {onnxruntime.get_available_providers()}, or pip install 'kvpass[gpu]'",
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(path / FILE), options, providers=providers)
+    except Exception as error:  # the runtime's own errors have no common base
+        raise SourceError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {str(error).splitlines()[0]}",
+            where=str(path / FILE),
+            fix="export the model again",
+        ) from error
+    if session.get_providers()[0] != providers[0]:  # it falls back without an error
+        raise RequestError(
+            f"{providers[0]} does not start on this machine", fix="check its driver, or choose another provider"
+        )
+    return session
+
+
+def _check_graph(session: Any, layers: Sequence[_Layer], path: Path) -> None:
+    """Refuse a graph whose caches are not those that the folder says it has."""
+    said = {
+        f"past_key_values.{layer.owner}.{part}": (layer.kv_heads, layer.head_dim)
+        for layer in layers
+        for part in ("key", "value")
+    }
+    inputs = {i.name: i for i in session.get_inputs()}
+    found = {n: (i.shape[1], i.shape[3]) for n, i in inputs.items() if n.startswith("past_key_values.")}
+    types = {inputs[n].type for n in found}
+    if found != said or not {"input_ids", "attention_mask"} <= inputs.keys() or not types <= _KINDS.keys():
+        raise SourceError(
+            "the graph has other caches than the folder says",
+            where=str(path),
+            fix="export the model again",
+        )

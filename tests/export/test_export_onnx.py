@@ -1,0 +1,212 @@
+"""What `export_onnx` writes is run by ONNX Runtime as by torch, or is refused, and nothing is left of what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import kvpass
+from export_models import WIDE, wide
+from families import build
+from kvpass.errors import CheckError, OutputError, PlanError, RequestError, UnsupportedError
+from kvpass.export.onnx import export as exporting
+from kvpass.export.onnx import gate
+from kvpass.export.onnx.lower import check_plan, lower
+from kvpass.passes import EvictKV, GroupHeads, PageKV, PrunePyramid, QuantizeKV, ShareLayers, SlideWindow
+
+PLANS = {
+    "as it is": [],
+    "fewer heads": [GroupHeads((2, 1), method="first")],
+    "shared layers": [ShareLayers("cla:2")],
+    "a window": [SlideWindow(8, 0)],
+    "sinks and a window": [SlideWindow(8, 3)],
+    "shared sinks and windows": [ShareLayers("cla:2"), SlideWindow(8, 3)],
+    "shared windows": [ShareLayers("cla:2"), SlideWindow(8, 0)],
+    "a window in one layer": [SlideWindow((8, 0), (0, 0))],
+    "shared layers of fewer heads": [GroupHeads(1, method="first"), ShareLayers("yoco")],
+}
+CASES = [(family, "as it is") for family in WIDE] + [("llama", plan) for plan in PLANS if plan != "as it is"]
+CASES += [("gpt2", "shared layers"), ("phi", "a window")]
+
+
+def transformed(family: str, recipe=()):
+    return kvpass.transform(wide(family), list(recipe), progress=False, verify="off")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return transformed("llama")
+
+
+@pytest.mark.parametrize(("family", "plan"), CASES, ids=[f"{family}, {plan}" for family, plan in CASES])
+def test_a_package_computes_what_torch_computes(tmp_path: Path, family: str, plan: str) -> None:
+    model = transformed(family, PLANS[plan])
+    made = model.export_onnx(tmp_path / "out")
+    asked = {c["name"] for c in made.checks}
+    assert asked >= {"a prompt", "32 steps", "a prompt in two parts", "a step of rows of two lengths"}
+    assert ("prompts of two lengths" in asked) == (not any(c.window for c in model.plan))
+    assert all(c["measured"] < 1e-5 for c in made.checks), made.checks
+    assert made.nodes.get("GroupQueryAttention", 0) == sum(c.sinks == 0 for c in model.plan)
+    proto = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    inputs = [i.name for i in proto.graph.input]
+    owners = model.plan.owners()
+    assert inputs[:2] == ["input_ids", "attention_mask"]
+    assert inputs[2:] == [f"past_key_values.{o}.{part}" for o in owners for part in ("key", "value")]
+    heads = {i.name: i.type.tensor_type.shape.dim[1].dim_value for i in proto.graph.input[2:]}
+    assert heads == {f"past_key_values.{o}.{p}": model.plan[o].kv_heads for o in owners for p in ("key", "value")}
+    told = json.loads((tmp_path / "out" / "kvpass-onnx.json").read_text())
+    assert [layer["owner"] for layer in told["layers"]] == list(owners)
+
+
+def test_rope_is_done_by_the_operator_where_it_can_be(llama) -> None:
+    graph = lower(llama.program, llama.plan, 32).module.graph
+    calls = [n for n in graph.nodes if "group_query_attention" in str(n.target)]
+    assert all(n.kwargs["attributes"]["do_rotary"] == 1 for n in calls)
+    narrow = kvpass.transform(build("llama"), progress=False, verify="off")  # heads of 8 channels
+    graph = lower(narrow.program, narrow.plan, 32).module.graph
+    calls = [n for n in graph.nodes if "group_query_attention" in str(n.target)]
+    assert calls
+    assert not any("do_rotary" in n.kwargs["attributes"] for n in calls)
+
+
+def test_half_precision(tmp_path: Path, llama) -> None:
+    made = llama.export_onnx(tmp_path / "out", dtype="fp16")
+    assert all(c["measured"] < 5e-3 for c in made.checks), made.checks
+    proto = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    assert {i.data_type for i in proto.graph.initializer if len(i.dims) == 2} == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ([SlideWindow(8, 2, positions="cache")], "positions counted in the cache"),
+        ([QuantizeKV(8)], "per token"),
+        ([PageKV()], "pages"),
+        ([ShareLayers("lckv:2")], "layer above"),
+        ([EvictKV("snapkv", keep=0.5)], "chosen by rank"),
+        ([PrunePyramid(schedule="pyramidinfer", decay=0.8)], "chosen by rank"),
+    ],
+)
+def test_what_the_target_cannot_express_is_refused_before_anything_is_read(tmp_path: Path, recipe, reason) -> None:
+    decoder = wide("llama", num_hidden_layers=4)
+    if "counted" not in reason:  # which the plan does not know
+        with pytest.raises(PlanError, match=reason):
+            check_plan(kvpass.plan(decoder, recipe))
+    model = kvpass.transform(decoder, recipe, progress=False, verify="off")
+    with pytest.raises(PlanError, match=reason):
+        model.export_onnx(tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_alibi_is_refused(tmp_path: Path) -> None:
+    model = kvpass.transform(build("bloom"), progress=False, verify="off")
+    with pytest.raises(PlanError, match="ALiBi"):
+        model.export_onnx(tmp_path / "out")
+
+
+def test_a_graph_with_another_weight_is_noticed_and_the_layer_named(tmp_path: Path, llama, monkeypatch) -> None:
+    def spoiled(program, plan, positions):
+        graph = lower(program, plan, positions)
+        (name,) = (n for n, _ in graph.module.named_parameters() if n.endswith("layers__1__self_attn__k_proj__weight"))
+        weight = graph.module.get_parameter(name)
+        weight.data = weight.data * 1.01
+        return graph
+
+    monkeypatch.setattr(exporting, "lower", spoiled)
+    with pytest.raises(CheckError, match="logits differ") as caught:
+        llama.export_onnx(tmp_path / "out")
+    assert "keys that differ are those of layer 1" in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_writer_that_drops_its_presents_is_noticed() -> None:
+    def attention(keys: int, outputs: list[str]) -> onnx.ModelProto:
+        tensor = onnx.helper.make_tensor_value_info
+        inputs = [tensor(n, 1, [1, size, 16]) for n, size in (("q", 1), ("k", keys), ("v", keys))]
+        node = onnx.helper.make_node("GroupQueryAttention", ["q", "k", "v"], outputs, "attn", domain="com.microsoft")
+        return onnx.helper.make_model(onnx.helper.make_graph([node], "g", inputs, [tensor("o", 1, [1, 1, 16])]))
+
+    gate.lint(attention(1, ["o", "pk", "pv"]))
+    gate.lint(attention(0, ["o"]))
+    with pytest.raises(CheckError, match="does not return both"):
+        gate.lint(attention(1, ["o"]))
+    with pytest.raises(CheckError, match="returns one"):
+        gate.lint(attention(0, ["o", "pk", "pv"]))
+
+
+def test_a_runtime_without_what_is_needed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = kvpass.plan(wide("llama"), [ShareLayers("cla:2")])
+    gate.probe(shared, "fp32")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("key is empty")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(UnsupportedError, match="read another one's cache"):
+        gate.probe(shared, "fp32")
+    gate.probe(kvpass.plan(wide("llama")), "fp32")  # nothing is shared, nothing is asked
+
+
+def test_missing_packages_are_named(tmp_path: Path, llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = exporting.importlib.util.find_spec
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else found(n))
+    with pytest.raises(RequestError, match="onnxruntime, which is not installed") as caught:
+        llama.export_onnx(tmp_path / "out")
+    assert "kvpass[onnx]" in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, llama) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError):
+        llama.export_onnx(tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "_write", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        llama.export_onnx(tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_stays(tmp_path: Path, llama) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    with pytest.raises(RequestError, match="not empty"):
+        llama.export_onnx(tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    with pytest.raises(RequestError, match="no target"):
+        llama.export_onnx(tmp_path / "out", target="tvm")
+
+
+def test_importing_kvpass_imports_no_onnx() -> None:
+    import subprocess
+
+    code = "import sys, kvpass, kvpass.cli; print([m for m in sys.modules if m.startswith('onnx')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_ids_of_a_vocabulary_are_checked_against_torch_beyond_the_wrap_of_a_window(tmp_path: Path) -> None:
+    model = transformed("llama", [SlideWindow(8, 0)])
+    made = model.export_onnx(tmp_path / "out", positions=96)
+    assert made.positions == 96
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = torch.randint(0, 97, (1, 60), generator=torch.Generator().manual_seed(2))
+    run = gate._Run(model.plan, session, "fp32", made.positions)
+    assert run.rings == {0: 8, 1: 8}
+    logits, held = run(ids, None)
+    assert {t.shape[2] for t in held.past} == {8}
+    with torch.no_grad():
+        assert torch.allclose(logits, model(ids), atol=1e-4)
