@@ -43,11 +43,15 @@ class Recording:
 
 
 class DecodeGraphs:
-    """The recordings of one executor: one at a time for each number of tokens per step."""
+    """Steps of one executor. A state keeps its recordings, one for each number of tokens per step: they hold on to its
+    caches, and go with it.
+
+    Attributes:
+        recorded: how many recordings were made.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        self.recordings: dict[tuple[int, ...], tuple[object, Recording]] = {}
         self.recorded = 0
 
     def step(self, ids: Tensor, state: State) -> Tensor:
@@ -56,10 +60,10 @@ class DecodeGraphs:
         moving, fixed = _parted(arguments, self.executor.tables_of(state))
         held = _identity(moving, fixed)
         shape = tuple(ids.shape)
-        if shape not in self.recordings or self.recordings[shape][0] != held:
-            self.recordings.pop(shape, None)  # its memory goes before that of the next is taken
-            self.recordings[shape] = held, self._record(ids, moving, fixed)
-        recording = self.recordings[shape][1]
+        if shape not in state.recordings or state.recordings[shape][0] != held:
+            state.recordings.pop(shape, None)  # its memory goes before that of the next is taken
+            state.recordings[shape] = held, self._record(ids, moving, fixed)
+        recording = state.recordings[shape][1]
         recording.ids.copy_(ids)
         for name, tensor in moving.items():
             recording.moving[name].copy_(tensor)

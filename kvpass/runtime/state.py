@@ -24,6 +24,7 @@ class State:
         capacity: tokens per row that there is room for; it grows when that runs out.
         passes: what each run of several tokens took, where layers read the layer above (`ir.fixpoint`): the passes, and
             whether keys and values stood still.
+        recordings: steps over these caches that were recorded (`runtime.decode_graph`).
     """
 
     plan: CachePlan
@@ -34,6 +35,7 @@ class State:
     max_length: int = 0
     ragged: bool = False
     passes: list[tuple[int, bool]] = field(default_factory=list)
+    recordings: dict[tuple[int, ...], tuple[object, Any]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def empty(plan: CachePlan, batch: int, capacity: int, device: torch.device) -> State:

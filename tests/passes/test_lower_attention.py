@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -190,7 +192,7 @@ def test_a_step_of_decoding_is_the_same_program_at_every_length(dense, name):
     for _ in range(3):
         graphs = model.executor.graphs
         graphs.step(torch.zeros((2, 1), dtype=torch.long), state)
-        ((_, recording),) = graphs.recordings.values()
+        ((_, recording),) = state.recordings.values()
         with Calls() as calls:
             graphs._run(recording)
         recorded.append(calls.seen)
@@ -216,6 +218,21 @@ def test_a_recorded_step_gives_what_a_step_gives(dense, name):
         states[1].advance(1)
         assert torch.equal(found, expected)
     assert model.executor.graphs.recorded == 1
+
+
+def test_a_recording_goes_with_the_caches_that_it_holds(dense):
+    model = kvpass.transform(dense, progress=False, verify="off", backend="triton")
+    ids = torch.zeros((1, 3), dtype=torch.long)
+    states = [model.prefill(ids, capacity=16)[1] for _ in range(2)]
+    for _ in range(2):
+        for state in states:  # two texts in turn do not record again and again
+            model.executor.graphs.step(ids[:, :1], state)
+            state.advance(1)
+    assert model.executor.graphs.recorded == 2
+    held = weakref.ref(states[0].stores[0][0])
+    del state, states
+    gc.collect()
+    assert held() is None
 
 
 def test_a_cache_that_grew_is_recorded_again(dense):
