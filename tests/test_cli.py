@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Confi
 from typer.testing import CliRunner, Result
 
 import kvpass
+from export_models import wide
 from families import VOCAB, build
 from kvpass import api, cli
 from kvpass.ir.cost import prompt_cost
@@ -47,11 +48,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Llama with 8 KV heads and a tokenizer of single characters."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build("llama_mha").save_pretrained(folder)
+    write_tokenizer(folder)
+    return str(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(VOCAB - 1)} | {"?!": VOCAB - 1}, "?!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -723,3 +728,47 @@ def test_a_backend_that_cannot_run_here_is_refused(slim: str, monkeypatch: pytes
     done = run("generate", slim, "--prompt", "ABC", "--backend", "triton", "--device", "cpu")
     assert done.exit_code == 2
     assert "TRITON_INTERPRET=1" in done.output
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A tiny Llama with one KV head, sinks and a window: as a kvpass folder, and exported."""
+    folder, out = tmp_path_factory.mktemp("wide") / "model", tmp_path_factory.mktemp("out") / "package"
+    wide("llama").save_pretrained(folder)
+    write_tokenizer(folder)
+    flags = ("--kv-heads", "1", "--method", "first", "--window", "6", "--sinks", "2")
+    made = document("export", str(folder), *flags, "-o", str(out))
+    assert made["target"] == "ort"
+    assert all(check["measured"] <= check["allowed"] for check in made["checks"])
+    slim = out.parent / "slim"
+    document("transform", str(folder), *flags, "-o", str(slim))
+    return str(slim), str(out)
+
+
+def test_an_exported_package_writes_what_the_program_writes(package: tuple[str, str]) -> None:
+    words = ("--prompt", "ABCDEFGHIJ", "--max-new-tokens", "12")
+    ours, theirs = (document("generate", folder, *words) for folder in package)
+    assert ours["text"] == theirs["text"]
+    assert ours["new_tokens"] == theirs["new_tokens"]
+    assert theirs["cache_bytes"] > 0
+    sampled = [
+        document("generate", package[1], *words, "--temperature", "0.9", "--seed", "4")["text"] for _ in range(2)
+    ]
+    assert sampled[0] == sampled[1]
+
+
+def test_an_exported_package_is_not_taken_for_a_model(package: tuple[str, str], tmp_path: Path) -> None:
+    for words in (("transform", package[1], "--kv-heads", "1", "-o", str(tmp_path / "x")), ("verify", package[1])):
+        done = run(*words)
+        assert done.exit_code == 2
+        assert "cannot be read back" in done.output
+
+
+def test_an_export_that_cannot_be_says_why_and_leaves_nothing(package: tuple[str, str], tmp_path: Path) -> None:
+    done = run("export", package[0], "--page", "4", "-o", str(tmp_path / "x"))
+    assert done.exit_code == 2
+    assert "pages belong to a server" in done.output
+    done = run("export", package[0], "-o", package[1])
+    assert done.exit_code == 2
+    assert "not empty" in done.output
+    assert not any(tmp_path.iterdir())
