@@ -16,11 +16,22 @@ import torch
 from torch import Tensor, fx
 
 from kvpass.errors import PlanError
-from kvpass.ir.execute import ancestors
+from kvpass.ir.execute import ancestors, evaluate
 from kvpass.ir.fold import fold_weights
 from kvpass.ir.ops import rotary_reference
 from kvpass.ir.plan import CachePlan, LayerCache
-from kvpass.ir.program import ATTEND, ROTARY, Program, Weight, aten, insert_call, merge_equal, sweep, to_module
+from kvpass.ir.program import (
+    ATTEND,
+    ROTARY,
+    Program,
+    Weight,
+    aten,
+    insert_call,
+    merge_equal,
+    placeholder,
+    sweep,
+    to_module,
+)
 from kvpass.ir.sites import SiteFinder
 from kvpass.passes.insert_cache import Inserted, insert_cache
 from kvpass.passes.raise_rotary import raise_rotary
@@ -115,8 +126,8 @@ def _parameter(program: Program, name: str) -> Tensor:
 
 def _hold_tables(program: Program, inserted: Inserted, graph: fx.Graph, positions: int) -> dict[str, fx.Node]:
     """Make the tables of positions weights of the graph; per input that held one, what holds it now."""
-    finder = SiteFinder(program)
-    values = finder.run([t.node for t in inserted.tables], {}, 1, positions) if inserted.tables else []
+    given = {placeholder(program.forward, "input_ids"): torch.zeros((1, positions), dtype=torch.long)}
+    values = evaluate([t.node for t in inserted.tables], given, program.read)
     held: dict[str, fx.Node] = {}
     first = next(iter(graph.nodes))
     for table, value in zip(inserted.tables, values, strict=True):

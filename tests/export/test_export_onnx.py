@@ -105,6 +105,12 @@ def test_what_the_target_cannot_express_is_refused_before_anything_is_read(tmp_p
     assert not any(tmp_path.iterdir())
 
 
+def test_learned_positions_are_the_models_however_large_their_table(tmp_path: Path) -> None:
+    model = kvpass.transform(wide("gpt2", n_positions=5000), progress=False, verify="off")  # proofs take less of it
+    made = model.export_onnx(tmp_path / "out", positions=64)
+    assert all(c["measured"] < 1e-5 for c in made.checks), made.checks
+
+
 def test_alibi_is_refused(tmp_path: Path) -> None:
     model = kvpass.transform(build("bloom"), progress=False, verify="off")
     with pytest.raises(PlanError, match="ALiBi"):
