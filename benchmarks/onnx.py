@@ -1,11 +1,12 @@
 """ONNX packages of one model by kvpass and by other exporters, and of its plans with smaller caches, on a CPU.
 
-    python -m benchmarks.onnx [--quick] [--exports 3] [--rounds 9] [--json]
+    python -m benchmarks.onnx [--quick] [--exports 3] [--loads 4] [--rounds 4] [--json]
     python -m benchmarks.onnx --show benchmarks/results/onnx.json
 
 The model is a 100M Llama with random float32 weights and tied embeddings. Every export is a process of its own:
 seconds of the whole process, imports and checks included, and the most memory that it held. Then all packages are
-loaded into one process and take turns, a prompt or a few tokens each per round; medians over rounds are shown.
+loaded into one process and take turns, a prompt or a few tokens each per round; medians over rounds are shown. What is
+loaded first runs slower by some percent, whatever it is: so all are loaded anew several times, in another order.
 
 One loop runs them all, as `kvpass.export.onnx.runner` does. Where a graph can write new keys and values beside the old
 ones, one buffer is bound as past and as present; where it returns a longer copy, outputs are bound afresh every step.
@@ -19,13 +20,14 @@ import argparse
 import gc
 import json
 import os
+import random
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,7 +61,8 @@ class Setting:
         contexts: tokens before those that are decoded.
         window: of the plans with a window.
         exports: processes per exporter.
-        rounds: timings per runner.
+        loads: times that all packages are loaded, each time beginning with another.
+        rounds: timings per runner and load.
         tokens: decoded per timing.
     """
 
@@ -68,7 +71,8 @@ class Setting:
     contexts: tuple[int, ...] = (1024, 4096)
     window: int = 512
     exports: int = 3
-    rounds: int = 9
+    loads: int = 4
+    rounds: int = 4
     tokens: int = 8
 
 
@@ -76,7 +80,7 @@ _WIDTHS = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 1
 _NARROW = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 512, "head_dim": 16}
 _HEADS = {"num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 8192}
 FULL = Setting(_WIDTHS | _HEADS)
-QUICK = Setting(_NARROW | _HEADS, prompt=128, contexts=(128, 256), window=64, exports=1, rounds=2)
+QUICK = Setting(_NARROW | _HEADS, prompt=128, contexts=(128, 256), window=64, exports=1, loads=2, rounds=2)
 
 
 def main() -> int:
@@ -88,7 +92,7 @@ def main() -> int:
         path = Path(arguments.show) if arguments.show else RESULTS / "onnx.json"
         print(markdown(json.loads(path.read_text(encoding="utf-8"))), end="")
         return 0
-    given = {name: getattr(arguments, name) for name in ("exports", "rounds") if getattr(arguments, name)}
+    given = {name: getattr(arguments, name) for name in ("exports", "loads", "rounds") if getattr(arguments, name)}
     setting = replace(setting, **given)
     import torch
     from transformers import logging
@@ -114,7 +118,8 @@ def _arguments() -> argparse.Namespace:
     found.add_argument("--quick", action="store_true", help="a tiny model: walks through the code and measures nothing")
     found.add_argument("--show", nargs="?", const="", metavar="FILE", help="print figures as Markdown; measure nothing")
     found.add_argument("--exports", type=int, help="processes per exporter")
-    found.add_argument("--rounds", type=int, help="timings per runner")
+    found.add_argument("--loads", type=int, help="times that all packages are loaded")
+    found.add_argument("--rounds", type=int, help="timings per runner and load")
     found.add_argument("--folder", help="where to make the temporary folder")
     found.add_argument("--worker", help=argparse.SUPPRESS)
     found.add_argument("folders", nargs="*", help=argparse.SUPPRESS)
@@ -376,28 +381,27 @@ def measure(setting: Setting, folder: Path, arguments: argparse.Namespace) -> di
                 rows[name]["skipped"] = found["skipped"]
             else:
                 runs[name].append(found)
-    runners: dict[str, Runner] = {}
     for name, row in rows.items():
         if "skipped" in row:
             continue
         row |= _exported(runs[name], outputs[name])
-        runner = _open(name, outputs[name], model.config.head_dim, arguments.threads)
         try:
-            row |= _checked(name, runner, outputs[name], model, setting.window)
+            row |= _checked(name, outputs[name], model, setting, arguments.threads)
         except ValueError as error:
             row["skipped"] = str(error)
-            continue
-        row["cache_bytes"] = runner.cache_bytes(setting.contexts[-1])
-        runners[name] = runner
     del model
-    gc.collect()
     busy["before speeds"] = _load()
-    for name, times in _prompts(setting, runners).items():
-        rows[name] |= {"prefill_tokens_per_second": setting.prompt / median(times), "all_prefill_seconds": times}
-    for context in setting.contexts:
-        for name, times in _steps(setting, runners, context).items():
-            rows[name].setdefault("decode_seconds", {})[str(context)] = median(times)
-            rows[name].setdefault("all_decode_seconds", {})[str(context)] = times
+    good = [name for name, row in rows.items() if "skipped" not in row]
+    head_dim = setting.shape["head_dim"]
+    for load in range(setting.loads):
+        begin = load * len(good) // setting.loads
+        order = good[begin:] + good[:begin]
+        _time(setting, {name: _open(name, outputs[name], head_dim, arguments.threads) for name in order}, rows)
+        gc.collect()
+    for name in good:
+        row = rows[name]
+        row["prefill_tokens_per_second"] = setting.prompt / median(row["all_prefill_seconds"])
+        row["decode_seconds"] = {context: median(times) for context, times in row["all_decode_seconds"].items()}
     busy["at the end"] = _load()
     return {"load_average": busy, "rows": list(rows.values())}
 
@@ -438,8 +442,8 @@ def _exported(runs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     return found
 
 
-def _checked(name: str, runner: Runner, folder: Path, model: Any, window: int) -> dict[str, float]:
-    """How far logits are from the right ones, as a share of their spread, on both sides of the windows' end.
+def _checked(name: str, folder: Path, model: Any, setting: Setting, threads: int) -> dict[str, float]:
+    """Bytes of the cache, and how far logits behind the end of a window are off, as a share of their spread.
 
     Right is what torch computes where the model is exported as it is. A plan computes something else, which its export
     has compared with torch; here the loop is compared with kvpass's runner.
@@ -451,7 +455,8 @@ def _checked(name: str, runner: Runner, folder: Path, model: Any, window: int) -
 
     from kvpass.export.onnx.runner import OnnxModel
 
-    length = window + 8
+    runner = _open(name, folder, model.config.head_dim, threads)
+    length = setting.window + 8
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, length + 8)
     rest = ids[length:].tolist()
     found = np.stack([runner.read(ids[:length], len(ids)), *(runner.step(token) for token in rest)])
@@ -464,44 +469,38 @@ def _checked(name: str, runner: Runner, folder: Path, model: Any, window: int) -
     difference = float(np.abs(found - right).max() / np.ptp(right))
     if not difference <= TOLERANCE:
         raise ValueError(f"logits differ by {difference:.1e} of their spread from the right ones")
-    return {"difference": difference}
+    return {"difference": difference, "cache_bytes": runner.cache_bytes(setting.contexts[-1])}
 
 
-def _prompts(setting: Setting, runners: dict[str, Runner]) -> dict[str, list[float]]:
-    """Seconds that a prompt takes, in rounds."""
+def _time(setting: Setting, runners: dict[str, Runner], rows: dict[str, dict[str, Any]]) -> None:
+    """Seconds of prompts, and of tokens behind each context, are added to rows: all runners in every round."""
     vocabulary = setting.shape["vocab_size"]
+
+    def rounds() -> Iterator[tuple[str, Runner, list[float]]]:
+        """Every runner once per round, in another order each time; what the first round takes is thrown away."""
+        for turn in range(setting.rounds + 1):
+            for name, runner in random.Random(turn).sample(list(runners.items()), len(runners)):
+                taken: list[float] = []
+                yield name, runner, taken
+                if turn:
+                    found[name] += taken
+
+    found: dict[str, list[float]] = {name: rows[name].setdefault("all_prefill_seconds", []) for name in runners}
     ids = np.random.default_rng(1).integers(3, vocabulary, setting.prompt)
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for turn in range(setting.rounds + 1):  # the first turn warms up
-        for name, runner in _turn(runners, turn):
-            began = time.perf_counter()
-            runner.read(ids, setting.prompt)
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def _turn(runners: dict[str, Runner], turn: int) -> list[tuple[str, Runner]]:
-    """Runners in the order of one round: another begins each time, for each finds what the one before it left."""
-    found = list(runners.items())
-    begin = turn % max(1, len(found))
-    return found[begin:] + found[:begin]
-
-
-def _steps(setting: Setting, runners: dict[str, Runner], context: int) -> dict[str, list[float]]:
-    """Seconds per token behind so many, in rounds."""
-    ids = np.random.default_rng(context).integers(3, setting.shape["vocab_size"], context)
-    room = context + (setting.rounds + 1) * setting.tokens
-    token = {name: int(runner.read(ids, room).argmax()) for name, runner in runners.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for turn in range(setting.rounds + 1):  # the first turn warms up
-        for name, runner in _turn(runners, turn):
+    for _, runner, taken in rounds():
+        began = time.perf_counter()
+        runner.read(ids, setting.prompt)
+        taken.append(time.perf_counter() - began)
+    for context in setting.contexts:
+        found = {n: rows[n].setdefault("all_decode_seconds", {}).setdefault(str(context), []) for n in runners}
+        ids = np.random.default_rng(context).integers(3, vocabulary, context)
+        room = context + (setting.rounds + 1) * setting.tokens
+        token = {name: int(runner.read(ids, room).argmax()) for name, runner in runners.items()}
+        for name, runner, taken in rounds():
             began = time.perf_counter()
             for _ in range(setting.tokens):
                 token[name] = int(runner.step(token[name]).argmax())
-            if turn:
-                seconds[name].append((time.perf_counter() - began) / setting.tokens)
-    return seconds
+            taken.append((time.perf_counter() - began) / setting.tokens)
 
 
 # ---------------------------------------------------------------------- Markdown
@@ -528,9 +527,10 @@ def markdown(document: dict[str, Any]) -> str:
     lines += [
         "",
         f"Exports: whole processes, median of {setting['exports']}; in brackets what the check against torch took, "
-        f"which others leave out. Speeds: medians of {setting['rounds']} rounds of a prompt or of {setting['tokens']} "
-        "tokens, in turn in one process. Graphs of torch.onnx and transformers return longer copies of keys and "
-        "values, so a step holds them twice.",
+        f"which others leave out. Speeds: medians of {setting['loads'] * setting['rounds']} rounds of a prompt or of "
+        f"{setting['tokens']} tokens, in turn in one process, packages loaded {setting['loads']} times in different "
+        "orders. Graphs of torch.onnx and transformers return longer copies of keys and values, so a step holds them "
+        "twice.",
         "",
     ]
     known = [f"{load:.1f} {part}" for part, load in document["load_average"].items() if load is not None]
