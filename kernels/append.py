@@ -383,7 +383,7 @@ def append(
     _check(store)
     if store.group:
         close_groups(cache, k, v, starts, store)
-        _append(cache[4:], k, v, starts, stops, Store(window=store.residual + store.group))
+        _append(cache[4:], k, v, starts, stops, store.recent)
     else:
         _append(cache, k, v, starts, stops, store)
 

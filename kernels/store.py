@@ -57,3 +57,8 @@ class Store:
     def pieces(self) -> int:
         """Tensors of the cache, the table of a paged one aside."""
         return 6 if self.group else 4 if self.bits else 2
+
+    @property
+    def recent(self) -> Store:
+        """The ring in which KIVI keeps recent tokens as they are."""
+        return Store(window=self.residual + self.group)

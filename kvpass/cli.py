@@ -837,7 +837,6 @@ def export(
         source = _source(model, "cpu", None)
 
         import kvpass
-        from kvpass.export.onnx.export import summary
 
         options: dict[str, Any] = {"calibration": calibration, "device": "cpu", "seed": seed}
         slim = kvpass.transform(source, chosen, **options)
@@ -845,7 +844,7 @@ def export(
             made = slim.export_onnx(
                 output, target=target.value, dtype=dtype.value, positions=positions, overwrite=overwrite
             )
-        out.document = {"model": model, **summary(made)}
+        out.document = {"model": model, **asdict(made)}
         if as_json:
             return
         for check in made.checks:

@@ -10,7 +10,7 @@ long sequences are now, only on what there is room for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -89,8 +89,7 @@ def _attention(
 ) -> Tensor:
     fmt = KVFormat.parse(kv_format)
     places = None if k_positions is None else k_positions.unsqueeze(1)
-    exact = Keys((k, v), positions=places)
-    parts = [exact]
+    parts = [Keys((k, v), positions=places)]
     if fmt.layout == "kivi":
         whole = k.shape[2] // fmt.group * fmt.group
         keys = encode_channels(k[:, :, :whole].unflatten(2, (-1, fmt.group)), fmt)
@@ -137,14 +136,14 @@ def _attend(
     k, v = rows(k), rows(v)
     length = k.shape[2]
     ends = starts + length if stops is None else torch.minimum(starts + length, stops)
-    full = Store(group=store.group, residual=store.residual)
     if store.group:
+        exact = Store(group=store.group, residual=store.residual)
         if first:
             close_groups(cache, k, v, starts, store)
         parts = [
             Keys(tuple(cache[:4]), store, starts + length, reads="closed"),
-            Keys(tuple(cache[4:]), _recents(store, full), starts, reads="open"),
-            Keys((k, v), full, ends, starts, reads="open"),
+            Keys(tuple(cache[4:]), replace(exact, window=store.recent.window), starts, reads="open"),
+            Keys((k, v), exact, ends, starts, reads="open"),
         ]
     elif store.ring and (length > 1 or stops is not None):  # what is written takes the place of what is read
         fresh = Store(store.bits, store.floats)
@@ -160,15 +159,10 @@ def _attend(
         sink_logits=sink_logits, alibi_slopes=alibi_slopes, sink_q=sink_q,
     )  # fmt: skip
     if last and store.group:
-        append(cache[4:], k, v, starts, stops, Store(window=store.residual + store.group))
+        append(cache[4:], k, v, starts, stops, store.recent)
     elif last and len(parts) > 1:
         append(cache, k, v, starts, stops, store)
     return out
-
-
-def _recents(store: Store, full: Store) -> Store:
-    """The ring in which KIVI keeps recent tokens exactly."""
-    return Store(group=full.group, residual=full.residual, window=store.residual + store.group)
 
 
 def _attend_shared(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from kvpass.ir.execute import in_order
 from kvpass.ir.ops import rotary_reference
-from kvpass.ir.program import ROTARY, Program, Role, Weight, aten, insert_call, merge_equal, placeholder, sweep
+from kvpass.ir.program import ROTARY, Program, Role, aten, insert_call, merge_equal, placeholder, sweep
 from kvpass.ir.sites import AttentionSite, Path, Refusal, Rotary, SiteFinder
 
 
@@ -71,7 +71,7 @@ def _raised(
         made[key] = _tables(program, finder, columns, positions, path.target)
     graph = program.forward
     x = cut if turned else insert_call(graph, path.target, aten.transpose.int, cut, 1, 2)
-    rows = [_rows(graph, x, table, path.target) for table in made[key]]
+    rows = [_rows(graph, table, path.target) for table in made[key]]
     _check(finder, path, cut, turned, columns, interleaved)
     return insert_call(graph, path.target, ROTARY, x, *rows, interleaved=interleaved)
 
@@ -157,23 +157,29 @@ def _tables(
     node: fx.Node,
 ) -> tuple[fx.Node, fx.Node]:
     """Weights [positions, P] that hold the cosines and the sines, as nodes at the start of the graph."""
-    sources = in_order({c.table for pair in columns for c in pair})
+    sources = _sources(columns)
     values = {n: _flat(v, node) for n, v in zip(sources, finder.run(sources, {}, 1, positions), strict=True)}
     graph = program.forward
     first = next(iter(graph.nodes))
     nodes = []
-    for name, at in (("cos", 0), ("sin", 1)):
-        table = torch.stack([values[c[at].table][:, c[at].column] for c in columns], dim=1)
-        wanted = f"rotary_{name}"
-        number = sum(n.startswith(wanted) for n in program.weights)
-        wanted += f"_{number}" if number else ""
-        program.weights[wanted] = Weight.of(table, constant=True)
+    for name, table in zip(("rotary_cos", "rotary_sin"), _cos_sin(columns, values), strict=True):
         with graph.inserting_before(first):
-            nodes.append(graph.create_node("get_attr", wanted, name=wanted))
+            nodes.append(graph.get_attr(program.add_weight(name, table, constant=True)))
     return nodes[0], nodes[1]
 
 
-def _rows(graph: fx.Graph, x: fx.Node, table: fx.Node, before: fx.Node) -> fx.Node:
+def _sources(columns: _Angles) -> list[fx.Node]:
+    """The tables that angles stand in, in order."""
+    return in_order({c.table for pair in columns for c in pair})
+
+
+def _cos_sin(columns: _Angles, values: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, P], a column per pair, of tables [T, C]."""
+    cos, sin = (torch.stack([values[c.table][:, c.column] for c in part], 1) for part in zip(*columns, strict=True))
+    return cos, sin
+
+
+def _rows(graph: fx.Graph, table: fx.Node, before: fx.Node) -> fx.Node:
     """The rows of a table for a text from its first token on."""
     length = insert_call(graph, before, aten.sym_size.int, placeholder(graph, "input_ids"), 1)
     return insert_call(graph, before, aten.slice.Tensor, table, 0, 0, length)
@@ -198,11 +204,11 @@ def _check(
     shape = finder.shapes[path.projection.node].shape
     given = rows.flatten(0, 1) if len(shape) == 2 else rows
     given = given.to(finder.shapes[path.projection.node].dtype)
-    sources = in_order({c.table for pair in columns for c in pair})
+    sources = _sources(columns)
     wanted = [cut, path.target, *sources]
     before, after, *tables = finder.run(wanted, {path.projection.node: given}, 2, length, widen=True)
     flat = {n: _flat(t[:1] if t.dim() > 2 else t, path.target) for n, t in zip(sources, tables, strict=True)}
-    cos, sin = (torch.stack([flat[c[at].table][:, c[at].column] for c in columns], dim=1) for at in (0, 1))
+    cos, sin = _cos_sin(columns, flat)
     x = before if turned else before.transpose(1, 2)
     error = (rotary_reference(x, cos, sin, interleaved=interleaved) - after).abs().max() / after.abs().max()
     if float(error) > 1e-5:

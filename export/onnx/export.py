@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -270,8 +270,3 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, target: str, d
 
 def _ids(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
-
-
-def summary(exported: Exported) -> dict[str, Any]:
-    """An `Exported` as plain data."""
-    return asdict(exported)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from kvpass.errors import PlanError
+from kvpass.ir.attention import scored, shared_out, visible
 from kvpass.ir.execute import ancestors, evaluate
 from kvpass.ir.fold import fold_weights
 from kvpass.ir.ops import rotary_reference
@@ -134,7 +135,7 @@ def _hold_tables(program: Program, inserted: Inserted, graph: fx.Graph, position
         name = f"table_{table.node.name}"
         program.weights[name] = Weight.of(table.rows(value), constant=True)
         with graph.inserting_before(first):
-            held[name] = graph.create_node("get_attr", name, name=f"held_{name}")
+            held[name] = graph.get_attr(name)
     return held
 
 
@@ -335,22 +336,12 @@ def attend_sinks(
     sunk = torch.where(slot < starts.view(-1, 1), slot, -1)
     latest = starts.view(-1, 1) - kept + torch.arange(kept, device=device)
     places = torch.cat([sunk, torch.where(latest >= first, latest, -1), here], dim=1).view(batch, 1, 1, -1)
-    query = here.view(batch, 1, -1, 1)
-    seen = (places >= 0) & (places <= query) & ((places > query - window) | (places < sinks))
+    options: dict[str, Any] = {"causal": True, "strict": False, "window": window, "sinks": sinks}
+    inside = visible(here.view(batch, 1, -1, 1), places, **options)
+    seen = places >= 0 if inside is None else inside & (places >= 0)
     keys, values = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
-    group = q.shape[1] // kv_heads
-    packed = q.reshape(batch, kv_heads, group * length, dim)
-    scores = torch.matmul(packed, keys.transpose(2, 3)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.reshape(batch, kv_heads * group, length, first + kept + length)
-    scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
-    if sink_logits is not None:
-        logit = sink_logits.to(scores.dtype).view(1, -1, 1, 1).expand(batch, kv_heads * group, length, 1)
-        weights = torch.softmax(torch.cat([scores, logit], dim=3), dim=3)[..., :-1]
-    else:
-        weights = torch.softmax(scores, dim=3)
-    out = torch.matmul(weights.reshape(batch, kv_heads, group * length, first + kept + length), values)
+    weights = shared_out(scored(q, keys, seen, None, scale, softcap), sink_logits, may_be_empty=False)
+    out = torch.matmul(weights.to(v.dtype).flatten(2, 3), values).reshape(q.shape)
     presents = []
     index = (slot - starts.view(-1, 1)).clamp(0, length - 1).view(batch, 1, first, 1)  # of new tokens that are sinks
     arrives = ((slot >= starts.view(-1, 1)) & (slot < starts.view(-1, 1) + length)).view(batch, 1, first, 1)
@@ -358,7 +349,7 @@ def attend_sinks(
         begin = torch.where(arrives, fresh.gather(2, index.expand(batch, kv_heads, first, dim)), past[:, :, :first])
         rolled = torch.cat([past[:, :, first:], fresh], dim=2)[:, :, length : length + kept]
         presents.append(torch.cat([begin, rolled], dim=2))
-    return out.reshape(batch, kv_heads * group, length, dim), presents[0], presents[1]
+    return out, presents[0], presents[1]
 
 
 def _item(values: tuple[Tensor, ...], index: int) -> Tensor:

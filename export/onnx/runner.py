@@ -405,7 +405,7 @@ def _session(path: Path, providers: list[str], threads: int | None) -> Any:
         import onnxruntime
     except ImportError as error:
         raise RequestError(
-            "running an ONNX package needs onnxruntime, which is not installed", fix="pip install 'kvpass[cpu]'"
+            "running an ONNX package needs onnxruntime, which is not installed", fix="pip install 'kvpass[onnx]'"
         ) from error
     missing = [p for p in providers if p not in onnxruntime.get_available_providers()]
     if missing:

@@ -169,12 +169,12 @@ class Program:
 
     # ------------------------------------------------------------------ writing
 
-    def add_weight(self, name: str, tensor: Tensor) -> str:
-        """A new parameter held in memory, under a name that is made unique."""
+    def add_weight(self, name: str, tensor: Tensor, *, constant: bool = False) -> str:
+        """A new parameter, or constant, held in memory, under a name that is made unique."""
         unique, count = name, 1
         while unique in self.weights:
             unique, count = f"{name}.{count}", count + 1
-        self.weights[unique] = Weight.of(tensor)
+        self.weights[unique] = Weight.of(tensor, constant=constant)
         return unique
 
     def fold(self, node: fx.Node) -> Tensor:
