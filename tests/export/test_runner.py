@@ -271,7 +271,7 @@ def test_without_onnxruntime_it_says_what_to_install(package: Path, monkeypatch)
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(RequestError, match=r"kvpass\[cpu\]"):
+    with pytest.raises(RequestError, match=r"kvpass\[onnx\]"):
         OnnxModel.open(package)
 
 
