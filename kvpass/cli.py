@@ -99,6 +99,7 @@ class Format(StrEnum):
     auto = "auto"
     token = "token"
     kivi = "kivi"
+    static = "static"
     fp8 = "fp8"
 
 
@@ -831,6 +832,8 @@ def export(
     onnxruntime and onnxruntime-genai serve it unmodified.
     """
     with _session(as_json) as out:
+        if flags.kv_bits is not None and flags.kv_format is None:  # what the operators of the target read
+            flags = replace(flags, kv_format=Format.static)
         chosen = flags.build()
         _check_output(output, model, overwrite)
         _check_calibration(chosen, calibration)
@@ -849,7 +852,7 @@ def export(
             return
         for check in made.checks:
             typer.echo(
-                f"{check['name']}: off by {check['measured']:.1e} of the logits' spread ({check['allowed']:.0e})"
+                f"{check['name']}: off by {check['measured']:.1e} {check['unit']} ({check['allowed']:.0e} allowed)"
             )
         count = sum(made.nodes.values())
         typer.echo(f"saved {output} ({target.value}, {dtype.value}, {count} nodes, {_size(made.bytes)})")

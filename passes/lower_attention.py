@@ -379,7 +379,10 @@ def why_not(given: Mapping[str, Any], cache: LayerCache) -> str:
     """Why kernels do not run an op with these arguments, or nothing."""
     if given.get("mask") is not None:
         return "its mask is a table, not one that is made of positions"
-    store = store_of(given["layout"]) if "layout" in given else _store(KVFormat.parse(given.get("kv_format", "")))
+    layout = Layout.parse(given["layout"]) if "layout" in given else Layout(KVFormat.parse(given.get("kv_format", "")))
+    if layout.format.layout == "static":
+        return "kernels read codes with a scale per token, and these have fixed ones"
+    store = _store(layout.format, layout)
     if store.group and given.get("sink_q") is not None:
         return "kernels do not score sinks apart under KIVI"
     if "rule" in given and "longest" in given and Retention.parse(given["rule"]).by == "persistence":

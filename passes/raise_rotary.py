@@ -9,7 +9,7 @@ it was captured: then runtimes compute it node by node.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +29,7 @@ class _Column:
 
 
 _Angles = list[tuple[_Column, _Column]]  # per pair, of its cosines and its sines
+_OPERANDS: tuple[Literal["q", "k"], ...] = ("q", "k")
 _SEEN = 24  # positions at which columns of tables are held against angles
 _CLOSE = 1e-3
 
@@ -42,14 +43,15 @@ def raise_rotary(program: Program, positions: int) -> dict[int, str]:
     found: dict[fx.Node, fx.Node] = {}
     for site in sites:
         try:
-            for operand, node in (("q", site.q), ("k", site.k)):
-                if node not in found:
+            for operand in _OPERANDS:
+                if (node := site.bare(operand)) not in found:
                     found[node] = _raised(program, finder, site, operand, positions, made)
         except Refusal as refusal:
             left[site.layer] = str(refusal)
     for site in sites:
-        if site.layer not in left:
-            site.node.args = (found[site.q], found[site.k], *site.node.args[2:])
+        for operand in _OPERANDS if site.layer not in left else ():
+            node, given = site.bare(operand), {"q": site.q, "k": site.k}[operand]
+            (site.node if node is given else given).replace_input_with(node, found.get(node, node))  # a shared one is
     sweep(program.forward)
     merge_equal(program.forward)
     return left

@@ -105,6 +105,12 @@ class ShareLayers(Pass):
             )
         if self.window and not sources.sliding:
             raise PlanError("a window is given and the list marks no layer with s", where=where, fix="write 0_1s_1s_3")
+        if any(c.format.layout == "static" for c in plan):
+            raise PlanError(
+                "keys and values are scaled per layer already, for a quantized cache",
+                where=where,
+                fix="share layers before QuantizeKV",
+            )
         for layer, source in enumerate(sources.layers):
             if sources.layers[source] != source:
                 raise PlanError(

@@ -732,16 +732,20 @@ def test_a_backend_that_cannot_run_here_is_refused(slim: str, monkeypatch: pytes
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A tiny Llama with one KV head, sinks and a window: as a kvpass folder, and exported."""
+    """A tiny Llama with one KV head, sinks and a window in 8 bits: as a kvpass folder, and exported."""
     folder, out = tmp_path_factory.mktemp("wide") / "model", tmp_path_factory.mktemp("out") / "package"
     wide("llama").save_pretrained(folder)
     write_tokenizer(folder)
-    flags = ("--kv-heads", "1", "--method", "first", "--window", "6", "--sinks", "2")
+    text = folder / "some.txt"
+    text.write_text("ABCDEFGHIJ KLMNOPQRST " * 60)
+    flags = ("--kv-heads", "1", "--method", "first", "--window", "6", "--sinks", "2", "--kv-bits", "8")
+    assert "needs calibration text" in run("export", str(folder), *flags, "-o", str(out)).output
+    flags += ("--calibration", str(text))
     made = document("export", str(folder), *flags, "-o", str(out))
     assert made["target"] == "ort"
     assert all(check["measured"] <= check["allowed"] for check in made["checks"])
     slim = out.parent / "slim"
-    document("transform", str(folder), *flags, "-o", str(slim))
+    document("transform", str(folder), *flags, "--kv-format", "static", "-o", str(slim))
     return str(slim), str(out)
 
 

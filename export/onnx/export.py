@@ -24,7 +24,7 @@ import torch
 
 from kvpass.errors import RequestError, UnsupportedError
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
-from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, ring_window, rows_kept
+from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, ring_window, rows_kept, stored
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Exported:
         positions: tokens per row that it reads at most.
         nodes: how many of each operator the graph has.
         bytes: of all files.
-        checks: what was compared, with the largest difference relative to the spread of the logits, and the bound.
+        checks: what was compared, how large the difference is, the bound, and the unit of both.
         seconds: what each step took.
     """
 
@@ -170,8 +170,10 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     rings = [ring_window(graph.plan, o, graph.positions) for o in graph.owners]
     fixed = [sum(rows_kept(graph.plan, o)) for o in graph.owners]  # rows of caches with sinks, which never grow
     rows = [f or (w + 1 if w else past) for w, f in zip(rings, fixed, strict=True) for _ in range(2)]
-    pairs = [c for c in caches for _ in range(2)]
-    held = [torch.zeros((batch, c.kv_heads, n, c.key_dim), dtype=kind) for c, n in zip(pairs, rows, strict=True)]
+    held = []
+    for cache, count in zip((c for c in caches for _ in range(2)), rows, strict=True):
+        element, width = stored(cache, kind)
+        held.append(torch.zeros((batch, cache.kv_heads, count, width), dtype=element))
     # equal names say equal sizes: a past that is a window long has a name of its own
     lengths = [f"past_sliding_length_{w}" if w else "past_sequence_length" for w in rings for _ in range(2)]
     arguments = (
@@ -240,6 +242,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, target: str, d
                 "owner": o,
                 "kv_heads": graph.plan[o].kv_heads,
                 "head_dim": graph.plan[o].key_dim,
+                "bits": graph.plan[o].format.bits,
                 "window": ring_window(graph.plan, o, graph.positions) or rows_kept(graph.plan, o)[0],
                 "sinks": rows_kept(graph.plan, o)[1],
             }

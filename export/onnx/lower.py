@@ -104,9 +104,14 @@ def check_program(program: Program) -> None:
 
 
 def _why_not(cache: LayerCache) -> tuple[str, str]:
-    if not cache.format.full:
-        what = "its numbers are stored per token, which GroupQueryAttention does not read"
-        return what, "leave out QuantizeKV"
+    fmt = cache.format
+    if not fmt.full and fmt.layout != "static":
+        what = f"its numbers are stored as {fmt}, and GroupQueryAttention has fixed scales"
+        return what, 'QuantizeKV(8, layout="static")'
+    if fmt.bits == 4 and cache.sinks:
+        return "it keeps sinks, and 4 bits are packed in a way of the operator, which has none", "use 8 bits"
+    if fmt.bits == 4 and cache.window and cache.key_dim % 32:
+        return f"a window in 4 bits needs heads of 32 channels, not {cache.key_dim}", "use 8 bits"
     if cache.page:
         return "pages belong to a server", "leave out PageKV"
     if cache.upward:
@@ -221,6 +226,11 @@ class _Lowering:
             self._attend_sinks(node, owner, arguments, options)
             return
         q, k, v = arguments[:3]
+        result, scales = node, None
+        if not cache.format.full:
+            (result,) = node.users
+            scales = [self._wide_scale(node, x) for x in (k, v)]
+            q, k, v = (x.args[0] for x in (q, k, v))
         cos: fx.Node | None = None
         sin: fx.Node | None = None
         interleaved = False
@@ -247,6 +257,9 @@ class _Lowering:
         }
         if options.get("softcap"):
             attributes["softcap"] = float(options["softcap"])
+        if scales is not None:
+            attributes |= dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
+            attributes["kv_cache_bit_width"] = cache.format.bits
         window = ring_window(self.plan, owner, self.positions)
         if window:
             attributes |= {"local_window_size": window, "sliding_window_cache": 1}
@@ -266,15 +279,22 @@ class _Lowering:
             past = list(self.presents[owner])
         found = self.call(
             node, group_query_attention,
-            query, key, value, *past, self.seqlens, self.total, cos, sin, arguments[6],
+            query, key, value, *past, self.seqlens, self.total, cos, sin, arguments[6], scales,
             attributes=attributes, fresh=fresh, ring=bool(window),
         )  # fmt: skip
         out = self.call(node, _item, found, 0)
         if fresh:
             self.presents[owner] = (self.call(node, _item, found, 1), self.call(node, _item, found, 2))
         apart = self.call(node, aten.reshape.default, out, [batch, length, cache.heads, dim])
-        node.replace_all_uses_with(self.call(node, aten.transpose.int, apart, 1, 2))
+        result.replace_all_uses_with(self.call(node, aten.transpose.int, apart, 1, 2))
+        if result is not node:
+            self.graph.erase_node(result)
         self.graph.erase_node(node)
+
+    def _wide_scale(self, before: fx.Node, divided: Any) -> fx.Node:
+        """The scale [1, Hkv, 1, D] that keys or values were divided by, as the operator takes it."""
+        wide = self.call(before, aten._to_copy.default, divided.args[1], dtype=torch.float32)
+        return self.call(before, aten.unsqueeze.default, wide, 0)
 
     def _attend_sinks(self, node: fx.Node, owner: int, arguments: list[Any], options: dict[str, Any]) -> None:
         """Sinks and a window: no operator has them, so attention is spelled out over a cache of their size."""
@@ -303,6 +323,13 @@ def ring_window(plan: CachePlan, owner: int, positions: int) -> int:
         return 0
     alike = all(c.window == window for c in plan.readers(owner))
     return window if alike and 0 < window < positions else 0
+
+
+def stored(cache: LayerCache, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """The dtype of a cache of a graph that computes in `dtype`, and its elements per head and token."""
+    if cache.format.full:
+        return dtype, cache.key_dim
+    return (torch.int8, cache.key_dim) if cache.format.bits == 8 else (torch.uint8, cache.key_dim // 2)
 
 
 def rows_kept(plan: CachePlan, owner: int) -> tuple[int, int]:
@@ -339,9 +366,11 @@ def attend_sinks(
     options: dict[str, Any] = {"causal": True, "strict": False, "window": window, "sinks": sinks}
     inside = visible(here.view(batch, 1, -1, 1), places, **options)
     seen = places >= 0 if inside is None else inside & (places >= 0)
-    keys, values = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
+    if past_key.dtype == torch.int8:
+        k, v = (x.round().clamp(-128, 127).to(torch.int8) for x in (k, v))
+    keys, values = (torch.cat(pair, dim=2).to(q.dtype) for pair in ((past_key, k), (past_value, v)))
     weights = shared_out(scored(q, keys, seen, None, scale, softcap), sink_logits, may_be_empty=False)
-    out = torch.matmul(weights.to(v.dtype).flatten(2, 3), values).reshape(q.shape)
+    out = torch.matmul(weights.to(q.dtype).flatten(2, 3), values).reshape(q.shape)
     presents = []
     index = (slot - starts.view(-1, 1)).clamp(0, length - 1).view(batch, 1, first, 1)  # of new tokens that are sinks
     arrives = ((slot >= starts.view(-1, 1)) & (slot < starts.view(-1, 1) + length)).view(batch, 1, first, 1)
@@ -378,21 +407,24 @@ def group_query_attention(
     cos: Tensor | None,
     sin: Tensor | None,
     sink_logits: Tensor | None,
+    scales: list[Tensor] | None,  # [1, Hkv, 1, D] of keys and of values, where the cache holds codes
     *,
     attributes: dict[str, Any],
     fresh: bool,
     ring: bool,
 ) -> tuple[Tensor, ...]:
-    """`com.microsoft::GroupQueryAttention`; a reader of another layer's cache has no presents of its own."""
+    """`com.microsoft::GroupQueryAttention`; a reader of another layer's cache has no presents of its own.
+
+    Only where the cache holds codes does the operator ask for them of readers, too: nothing reads those.
+    """
     batch, heads, past, dim = past_key.shape
     shapes: list[Any] = [list(query.shape)]
     dtypes = [query.dtype]
-    if fresh:
-        shapes += [[batch, heads, past if ring else past + query.shape[1], dim]] * 2
+    if fresh or scales is not None:
+        shapes += [[batch, heads, past if ring else past + key.shape[1], dim]] * 2
         dtypes += [past_key.dtype] * 2
     inputs: list[Tensor | None] = [query, key, value, past_key, past_value, seqlens, total, cos, sin]
-    if sink_logits is not None:
-        inputs += [None, None, sink_logits]
+    inputs += [None, None, sink_logits, *(scales or ())]
     while inputs and inputs[-1] is None:
         inputs.pop()
     return tuple(

@@ -23,12 +23,17 @@ from kvpass.export.onnx.export import FILE, FORMAT, MARKER
 
 CHUNK = 512  # tokens that one run reads of a prompt; bounds the memory of its logits
 SLACK = 16  # rows behind a window on the CPU, which then moves its rows up once in SLACK + 1 tokens
-_KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_KINDS: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,  # two codes of 4 bits
+}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The cache of one layer: [B, kv_heads, rows, head_dim] twice; with a window, rows do not grow.
+    """The cache of one layer: [B, kv_heads, rows, width] twice; with a window, rows do not grow.
 
     With sinks, the graph gives a new cache instead of writing into the old one.
     """
@@ -38,6 +43,12 @@ class _Layer:
     head_dim: int
     window: int
     sinks: int
+    bits: int = 0  # of a code; 0 where there are none
+
+    @property
+    def width(self) -> int:
+        """Elements of a token and head."""
+        return self.head_dim // 2 if self.bits == 4 else self.head_dim
 
     def rows(self, capacity: int, slack: int) -> int:
         """Rows for `capacity` tokens; the operator asks for a whole window, however short the text."""
@@ -91,7 +102,7 @@ class OnnxModel:
         session = _session(path, list(providers or ["CPUExecutionProvider"]), threads)
         try:
             layers = [
-                _Layer(*(int(e[k]) for k in ("owner", "kv_heads", "head_dim", "window", "sinks")))
+                _Layer(*(int(e[k]) for k in ("owner", "kv_heads", "head_dim", "window", "sinks", "bits")))
                 for e in marker["layers"]
             ]
             positions, vocab_size = int(marker["positions"]), int(marker["vocab_size"])
@@ -306,7 +317,7 @@ class OnnxModel:
         self._buffers.clear()
         self._fresh.clear()
         for layer in self._layers:
-            shape = (batch, layer.kv_heads, layer.rows(self._capacity, slack), layer.head_dim)
+            shape = (batch, layer.kv_heads, layer.rows(self._capacity, slack), layer.width)
             for part in ("key", "value"):
                 name, empty = f"{layer.owner}.{part}", np.zeros(shape, self._kind)
                 self._buffers[name] = OrtValue.ortvalue_from_numpy(empty, self._device, 0)
@@ -435,7 +446,7 @@ def _session(path: Path, providers: list[str], threads: int | None) -> Any:
 def _check_graph(session: Any, layers: Sequence[_Layer], path: Path) -> None:
     """Refuse a graph whose caches are not those that the folder says it has."""
     said = {
-        f"past_key_values.{layer.owner}.{part}": (layer.kv_heads, layer.head_dim)
+        f"past_key_values.{layer.owner}.{part}": (layer.kv_heads, layer.width)
         for layer in layers
         for part in ("key", "value")
     }

@@ -1,15 +1,18 @@
 """How keys and values are stored: in full precision, as integer codes, or as 8-bit floats.
 
-Two layouts. `token`: one group, hence one scale, for each vector of a token and head. `kivi` (Liu et al., KIVI, arXiv
+Three layouts. `token`: one group, hence one scale, for each vector of a token and head. `kivi` (Liu et al., KIVI, arXiv
 2402.02750): keys have outlier channels that persist over tokens, so keys are grouped per channel over `group` tokens;
 values have none, so values are grouped per token; the most recent `residual` tokens stay in full precision. KIVI splits
 the channels of a value into groups as well; here a value's vector is one group, whose parameters an attention kernel
-applies to one probability instead of to every element.
+applies to one probability instead of to every element. `static`: no group and no parameters; keys and values come
+divided by scales that are weights of the model, fixed when it was calibrated, and are rounded to whole numbers, as
+ONNX Runtime's GroupQueryAttention stores them.
 
 A group is stored as codes (uint8) and float16 parameters:
 
     int8            code * scale                signed codes -127..127, int8 seen as uint8: `codes.view(torch.int8)`
     int4, int2      minimum + code * scale      unsigned codes 0..2^bits-1; KIVI uses this form for 8 bits as well
+    static          code                        signed codes, -128..127 or -8..7, which are 8..-7 seen as 0..15
     fp8             code * scale                float8_e4m3fn seen as uint8; the scale maps the largest magnitude to 448
 
 Codes under 8 bits are packed in runs of channels, so that a kernel unpacks into contiguous halves: at 4 bits byte j
@@ -17,11 +20,12 @@ holds channel j and, in its high bits, channel j + D/2; at 2 bits j, j + D/4, j 
 
 Parameters are rounded to float16 towards the safe side first, the scale up and the minimum down, and codes are computed
 against the rounded parameters, ties to even: nothing is clipped, and the error is at most half a step. The smallest
-scale is float16's, 2^-24. `code * scale` is exact in float32, so decoding rounds once (the sum), whether or not the
-multiplication and the sum are fused.
+scale is float16's, 2^-24. `static` has none of this: it rounds, ties to even, and clips to its range. `code * scale` is
+exact in float32, so decoding rounds once (the sum), whether or not the multiplication and the sum are fused.
 
 A group that holds a NaN or an infinity, or whose parameters exceed float16, decodes to NaN as a whole; other groups
-are untouched. Arithmetic is float32 and every group is encoded by itself, whatever it is batched with.
+are untouched; `static` stores a NaN as 0. Arithmetic is float32 and every group is encoded by itself, whatever it is
+batched with.
 
 Shapes: D channels per head, G tokens per group, P parameters per group (scale, then minimum where there is one).
 """
@@ -39,7 +43,10 @@ from torch import Tensor
 
 from kvpass.errors import PlanError
 
-_FORMS = "int8, int4, int2, fp8, kiviBITS:GROUP:RESIDUAL such as kivi4:32:128, or an empty text for full precision"
+_FORMS = (
+    "int8, int4, int2, fp8, static8, static4, kiviBITS:GROUP:RESIDUAL such as kivi4:32:128, or an empty text for full "
+    "precision"
+)
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448  # torch.finfo(_FP8).max
@@ -53,14 +60,15 @@ class KVFormat:
     Attributes:
         kind: "full" keeps the model's dtype, "int" stores integer codes, "fp8" 8-bit floats (e4m3).
         bits: per channel: 8, 4 or 2 for "int", 8 for "fp8", 0 for "full".
-        layout: "token" has one group per token and head; "kivi" groups keys per channel, values per token.
+        layout: "token" has one group per token and head; "kivi" groups keys per channel, values per token; "static"
+            has no groups: scales are weights.
         group: tokens in a group of keys ("kivi"), a power of two from 8 on.
         residual: most recent tokens that stay in full precision ("kivi"), a multiple of `group`.
     """
 
     kind: Literal["full", "int", "fp8"] = "full"
     bits: int = 0
-    layout: Literal["token", "kivi"] = "token"
+    layout: Literal["token", "kivi", "static"] = "token"
     group: int = 0
     residual: int = 0
 
@@ -70,17 +78,20 @@ class KVFormat:
                 self._refuse(f"{name} must be a whole number, not {getattr(self, name)!r}", f"give {name} as an int")
         if self.kind not in ("full", "int", "fp8"):
             self._refuse(f"kind must be 'full', 'int' or 'fp8', not {self.kind!r}", "choose one of the three")
-        if self.layout not in ("token", "kivi"):
-            self._refuse(f"layout must be 'token' or 'kivi', not {self.layout!r}", "choose one of the two")
+        if self.layout not in ("token", "kivi", "static"):
+            self._refuse(f"layout must be 'token', 'kivi' or 'static', not {self.layout!r}", "choose one of the three")
         widths = {"full": (0,), "int": (8, 4, 2), "fp8": (8,)}[self.kind]
         if self.bits not in widths:
             allowed = " or ".join(str(width) for width in widths)
             self._refuse(f"kind {self.kind!r} has bits {allowed}, not {self.bits}", f"set bits to {allowed}")
-        if self.layout == "token":
+        if self.layout != "kivi":
             for name in ("group", "residual"):
                 if getattr(self, name) != 0:
-                    what = f"layout 'token' has no {name}, but {name} is {getattr(self, name)}"
+                    what = f"layout {self.layout!r} has no {name}, but {name} is {getattr(self, name)}"
                     self._refuse(what, f"set {name} to 0, or use layout 'kivi'")
+            if self.layout == "static" and (self.kind != "int" or self.bits < 4):
+                what = f"layout 'static' stores integers of 8 or 4 bits, not {self.kind!r} of {self.bits}"
+                self._refuse(what, "use kind 'int' and bits 8 or 4, or layout 'token'")
             return
         if self.kind != "int":
             self._refuse(f"layout 'kivi' stores integers, not kind {self.kind!r}", "use kind 'int' or layout 'token'")
@@ -100,16 +111,23 @@ class KVFormat:
 
     @property
     def parameters(self) -> int:
-        """float16 parameters of each group (P): 0 in full precision, 1 for a scale, 2 with a minimum."""
-        if self.full:
+        """float16 parameters of each group (P): 0 in full precision and "static", 1 for a scale, 2 with a minimum."""
+        if self.full or self.layout == "static":
             return 0
         return 2 if self.kind == "int" and (self.layout == "kivi" or self.bits < 8) else 1
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The lowest and the highest signed code."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def __str__(self) -> str:
         if self.full:
             return ""
         if self.kind == "fp8":
             return "fp8"
+        if self.layout == "static":
+            return f"static{self.bits}"
         return f"kivi{self.bits}:{self.group}:{self.residual}" if self.layout == "kivi" else f"int{self.bits}"
 
     @staticmethod
@@ -126,6 +144,8 @@ class KVFormat:
             return KVFormat("fp8", 8)
         if match := re.fullmatch(rf"int{_NUMBER}", text):
             return KVFormat("int", int(match[1]))
+        if match := re.fullmatch(rf"static{_NUMBER}", text):
+            return KVFormat("int", int(match[1]), "static")
         if match := re.fullmatch(rf"kivi{_NUMBER}:{_NUMBER}:{_NUMBER}", text):
             bits, group, residual = (int(number) for number in match.groups())
             return KVFormat("int", bits, "kivi", group, residual)
@@ -260,6 +280,11 @@ def _encode(x: Tensor, fmt: KVFormat, along: int) -> tuple[Tensor, Tensor]:
     """Codes, packed along the last dimension, and parameters of the groups that lie along dimension `along` of x."""
     fmt.code_bytes(x.shape[-1])  # refuses what has none
     x = x.detach().float()
+    if fmt.layout == "static":
+        least, most = fmt.range
+        whole = x.nan_to_num().round().clamp(least, most)
+        codes = whole.to(torch.int8).view(torch.uint8) if fmt.bits == 8 else _pack((whole - least).to(torch.uint8), 4)
+        return codes, codes.new_empty((*codes.shape[:-1], 0), dtype=torch.float16)
     if fmt.parameters == 2:
         top = 2**fmt.bits - 1
         low, high = torch.aminmax(x, dim=along, keepdim=True)
@@ -291,6 +316,9 @@ def _decode(codes: Tensor, params: Tensor, fmt: KVFormat, dim: int, dtype: torch
             where=f"codes {list(codes.shape)}, parameters {list(params.shape)}",
             fix="decode with the format and the head size that encoded",
         )
+    if fmt.layout == "static":
+        low, _ = fmt.range
+        return (codes.view(torch.int8) if fmt.bits == 8 else _unpack(codes, 4).to(torch.int8) + low).to(dtype)
     scale, *minimum = params.float().unsqueeze(along - 1).unbind(-1)
     if fmt.kind == "fp8":
         x = codes.view(_FP8).float() * scale

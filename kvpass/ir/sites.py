@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvpass.ir.execute import ancestors, evaluate, in_order, widened
+from kvpass.ir.kv_format import KVFormat
 from kvpass.ir.program import ATTEND, ATTEND_SHARED, ATTENTION, FEEDBACK, Program, Role, aten, placeholder, roles
 
 _CODES = 96  # sign codes per row: two of 30k rows agree on 80 of them with probability below 1e-9
@@ -585,6 +586,11 @@ class AttentionSite:
     def v(self) -> fx.Node:
         return _argument(self.node, 2)
 
+    def bare(self, operand: Operand) -> fx.Node:
+        """`q`, `k` or `v` as the model computes it, before the fixed scales of a quantized cache (layout `static`)."""
+        node = {"q": self.q, "k": self.k, "v": self.v}[operand]
+        return _argument(node, 0) if KVFormat.parse(self.option("kv_format")).layout == "static" else node
+
     def option(self, name: str) -> Any:
         """A keyword of the op (`scale`, `window`, …), with the op's default."""
         for argument in self.node.target._schema.arguments:  # type: ignore[union-attr]
@@ -643,12 +649,12 @@ class AttentionSite:
         return dtype
 
     def path(self, operand: Operand) -> Path:
-        """The way from the projection to `q`, `k` or `v`.
+        """The way from the projection to `q`, `k` or `v`, fixed scales of a quantized cache left out.
 
         Raises:
             Refusal: the operand does not come from one projection.
         """
-        target = {"q": self.q, "k": self.k, "v": self.v}[operand]
+        target = self.bare(operand)
         return Path(self.finder, self.finder.root(target), target)
 
     @cached_property

@@ -15,7 +15,7 @@ import kvpass
 from export_models import wide
 from kvpass.export.onnx.genai import LONGEST, GenaiFacts, genai_config, write_genai_config
 from kvpass.export.onnx.lower import ring_window
-from kvpass.passes import GroupHeads, ShareLayers, SlideWindow
+from kvpass.passes import GroupHeads, QuantizeKV, ShareLayers, SlideWindow
 
 POSITIONS = 64
 FACTS = GenaiFacts(
@@ -27,7 +27,16 @@ RECIPES = {
     "heads that differ from layer to layer": [GroupHeads((2, 1, 1, 2), method="first")],
     "windows": [SlideWindow((8, 0, 6, 6), (0, 0, 0, 0))],
     "shared windows": [ShareLayers("cla:2"), SlideWindow(8, 0)],
+    "8 bits": [QuantizeKV(8, layout="static")],
+    "8 bits, shared layers of fewer heads": [
+        GroupHeads(1, method="first"),
+        ShareLayers("cla:2"),
+        QuantizeKV(8, layout="static"),
+    ],
+    "8 bits in windows": [SlideWindow(8, 0), QuantizeKV(8, layout="static")],
+    "4 bits": [QuantizeKV(4, layout="static")],
 }
+TEXT = [torch.randint(0, 97, (8, 128), generator=torch.Generator().manual_seed(1))]
 
 
 def package(model, folder: Path, end: int) -> None:
@@ -65,7 +74,8 @@ def served(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_genai_writes_the_text_of_torch(tmp_path: Path, recipe: str) -> None:
-    model = kvpass.transform(wide("llama", num_hidden_layers=4), RECIPES[recipe], progress=False, verify="off")
+    decoder = wide("llama", num_hidden_layers=4)
+    model = kvpass.transform(decoder, RECIPES[recipe], calibration=TEXT, progress=False, verify="off")
     prompts = [[5, 9, 33, 21, 60, 7, 11, 40, 8, 3], [8, 8, 3, 40, 22, 11, 90, 91, 17, 4]]
     right = [greedy(model, ids, 40) for ids in prompts]
     never = next(i for i in range(97) if i not in {*right[0], *right[1]})  # so that texts have one length

@@ -25,6 +25,7 @@ from kvpass.ir.kv_format import (
 
 FULL, FP8 = KVFormat(), KVFormat("fp8", 8)
 INT8, INT4, INT2 = (KVFormat("int", bits) for bits in (8, 4, 2))
+STATIC8, STATIC4 = (KVFormat("int", bits, "static") for bits in (8, 4))
 KIVI8, KIVI4, KIVI2 = (KVFormat("int", bits, "kivi", 8, 16) for bits in (8, 4, 2))
 TOKENS = (INT8, INT4, INT2, FP8)
 CHANNELS = (KIVI8, KIVI4, KIVI2)
@@ -180,6 +181,22 @@ def test_the_packing_is_a_run_of_channels_per_bit_position():
     codes, params = encode_tokens(torch.tensor([-1.0, 0, 254, 9]), KIVI8)
     assert params.tolist() == [1.0, -1.0]
     assert codes.tolist() == [0, 1, 255, 10]
+
+
+@pytest.mark.parametrize("fmt", [STATIC8, STATIC4], ids=str)
+def test_whole_numbers_are_stored_as_they_are_and_others_rounded_to_even_and_clipped(fmt):
+    low, high = fmt.range
+    assert (low, high) == ((-128, 127) if fmt.bits == 8 else (-8, 7))
+    x = torch.tensor([low, high, 0.0, -1.0, 0.5, 1.5, -0.5, -2.5, high + 0.4, high + 9.0, low - 9.0, torch.inf])
+    x = torch.cat([x, torch.tensor([-torch.inf, torch.nan, 2.49, -3.0])])
+    codes, params = encode_tokens(x, fmt)
+    assert codes.shape == (16 * fmt.bits // 8,)
+    assert params.shape == (0,)
+    right = [low, high, 0, -1, 0, 2, 0, -2, high, high, low, high, low, 0, 2, -3]
+    assert decode_tokens(codes, params, fmt, 16, torch.float32).tolist() == right
+    if fmt.bits == 8:
+        assert codes.view(torch.int8).tolist() == right
+    assert fmt.value_bytes(16, torch.float32) == fmt.key_bytes(16, torch.float32) == 2 * fmt.bits
 
 
 def test_keys_are_grouped_by_channel_and_packed_along_channels():
@@ -419,6 +436,8 @@ ALL = [
     (INT4, "int4"),
     (INT2, "int2"),
     (FP8, "fp8"),
+    (STATIC8, "static8"),
+    (STATIC4, "static4"),
     *((KVFormat("int", b, "kivi", g, r), f"kivi{b}:{g}:{r}") for b in (8, 4, 2) for g in (8, 32) for r in (0, 128)),
 ]
 
@@ -447,6 +466,8 @@ NONSENSE = [
     "int-8",
     "fp16",
     "kivi",
+    "static",
+    "static08",
     "kivi4",
     "kivi4:32",
 ]
@@ -480,6 +501,9 @@ ILLEGAL = [
     (("fp8", 8, "token", 0, 64), "residual is 64"),
     (("full", 0, "kivi", 32), "'full'"),
     (("fp8", 8, "kivi", 32), "'fp8'"),
+    (("fp8", 8, "static"), "'fp8' of 8"),
+    (("int", 2, "static"), "'int' of 2"),
+    (("int", 8, "static", 32), "group is 32"),
     (("int", 4, "kivi"), "not 0"),
     (("int", 4, "kivi", 4), "not 4"),
     (("int", 4, "kivi", 24), "not 24"),

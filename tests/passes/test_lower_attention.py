@@ -125,9 +125,13 @@ def test_what_kernels_cannot_do_keeps_its_reference_and_says_why(changes, reason
         assert torch.equal(found, right)
 
 
-def test_two_bits_and_persistence_keep_their_references(dense):
+def test_two_bits_fixed_scales_and_persistence_keep_their_references(dense):
     two = kvpass.transform(dense, [QuantizeKV(2, layout="token")], progress=False, verify="off", backend="triton")
     assert all("not 2" in entry.reason for entry in two.executor.lowering)
+    fixed = [QuantizeKV(8, layout="static")]
+    text = [torch.arange(600) % 50]
+    model = kvpass.transform(dense, fixed, calibration=text, progress=False, verify="off", backend="triton")
+    assert all("fixed ones" in entry.reason for entry in model.executor.lowering)
     lasting = [EvictKV("scissorhands", budget=40)]
     model = kvpass.transform(dense, lasting, progress=False, verify="off", backend="triton")
     reasons = {entry.op: entry.reason for entry in model.executor.lowering}

@@ -8,10 +8,11 @@ from transformers import AttentionInterface
 
 import families
 import kvpass
-from kvpass.errors import PlanError
+from kvpass.errors import PlanError, RequestError
 from kvpass.ir.kv_format import KVFormat, decode_channels, decode_tokens, encode_channels, encode_tokens
 from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.passes import GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow
+from kvpass.passes.quantize_kv import fit_scale
 from properties import error
 from properties import forward as whole
 from written_out import captured
@@ -27,6 +28,8 @@ FORMATS = {
     "kivi4:8:16": QuantizeKV(4, group=8, residual=16),
     "kivi2:8:0": QuantizeKV(2, group=8, residual=0),
     "kivi8:16:16": QuantizeKV(8, layout="kivi", group=16, residual=16),
+    "static8": QuantizeKV(8, layout="static"),
+    "static4": QuantizeKV(4, layout="static"),
 }
 
 
@@ -49,6 +52,12 @@ def rounded_groups(k, fmt):
     return straight(k, torch.cat([*groups, rest], dim=2))
 
 
+def rounded_at(x, scale, fmt):
+    """Whole numbers of steps of a fixed size, as many as a signed code of so many bits has."""
+    half = 2 ** (fmt.bits - 1)
+    return straight(x, (x / scale).round().clamp(-half, half - 1) * scale)
+
+
 def reads_rounded(module, query, key, value, attention_mask, scaling=None, **options):
     """Attention as KIVI and its relatives define it: a query reads in full precision what is not in a group that was
     complete, and `residual` tokens old, when it came."""
@@ -56,6 +65,9 @@ def reads_rounded(module, query, key, value, attention_mask, scaling=None, **opt
     length = query.shape[2]
     if fmt.layout == "kivi":
         old_k, old_v = rounded_groups(key, fmt), rounded_tokens(value, fmt)
+    elif fmt.layout == "static":
+        scales = RULE["scales"][module.layer_idx]
+        old_k, old_v = (rounded_at(x, scale, fmt) for x, scale in zip((key, value), scales, strict=True))
     else:
         old_k, old_v = rounded_tokens(key, fmt), rounded_tokens(value, fmt)
     key, value, old_k, old_v = (t.repeat_interleave(group, dim=1) for t in (key, value, old_k, old_v))
@@ -80,7 +92,9 @@ def ids(rows=2, length=43, seed=1):
 
 
 def quantized(source, *passes):
-    return kvpass.transform(source, list(passes), progress=False, verify="off")
+    fixed = any(step.needs_calibration for step in passes)
+    text = [ids(8, 128, seed=5)] if fixed else None
+    return kvpass.transform(source, list(passes), calibration=text, progress=False, verify="off")
 
 
 def assert_cached(slim, tokens, expected):
@@ -113,8 +127,12 @@ def variants():
     return {name: quantized(captured(), step) for name, step in FORMATS.items()}
 
 
-def model_that_rounds(name, fmt):
+def model_that_rounds(name, fmt, slim=None):
     RULE["format"] = KVFormat.parse(fmt)
+    if RULE["format"].layout == "static":
+        RULE["scales"] = [
+            [slim.program.read(f"layers.{layer}.{part}_scale") for part in "kv"] for layer in range(len(slim.plan))
+        ]
     return families.build(name, attn_implementation="reads_rounded").double()
 
 
@@ -122,7 +140,7 @@ def model_that_rounds(name, fmt):
 def test_every_way_of_running_reads_what_the_cache_gives_back(fmt, variants):
     slim, tokens = variants[fmt], ids()
     with torch.no_grad():
-        expected = model_that_rounds("llama", fmt)(tokens, use_cache=False).logits
+        expected = model_that_rounds("llama", fmt, slim)(tokens, use_cache=False).logits
     assert {str(c.format) for c in slim.plan} == {fmt}
     assert error(whole(slim, tokens), expected) < EXACT
     state = assert_cached(slim, tokens, expected)
@@ -179,6 +197,8 @@ def bytes_by_hand(fmt, length, dim=8, itemsize=8):
         "fp8": 2 * (dim + 2),
         "int4": 2 * (dim // 2 + 4),
         "int2": 2 * (dim // 4 + 4),
+        "static8": 2 * dim,
+        "static4": 2 * (dim // 2),
     }
     if fmt in per_token:
         return length * per_token[fmt]
@@ -235,13 +255,49 @@ def test_a_cache_grows_and_keeps_its_codes(variants):
         (ShareLayers("0_0"), QuantizeKV(4, group=8, residual=8)),
         (QuantizeKV(8, kind="fp8"), ShareLayers("1_1", upward=True, tolerance=0.0)),
         (GroupHeads(1), QuantizeKV(4, group=8, residual=8)),
+        (GroupHeads(1), SlideWindow((6, 0), 2), QuantizeKV(4, layout="static")),
+        (ShareLayers("0_0"), QuantizeKV(8, layout="static"), PageKV(4)),
+        (SlideWindow(8, 2, positions="cache"), QuantizeKV(8, layout="static")),
     ],
-    ids=["int4, window", "window, int2", "int8, paged", "shared, kivi", "fp8, upward", "grouped, kivi"],
+    ids=["int4, window", "window, int2", "int8, paged", "shared, kivi", "fp8, upward", "grouped, kivi"]
+    + ["grouped, window, static", "shared, static, paged", "cache positions, static"],
 )
 def test_the_cache_of_several_passes(steps):
     slim, tokens = quantized(captured(), *steps), ids()
     assert_cached(slim, tokens, whole(slim, tokens))
     assert all(not c.format.full for c in slim.plan)
+
+
+def test_a_scale_is_where_least_is_lost_and_what_is_lost_is_told():
+    x = torch.randn((2, 3, 500, 4), generator=torch.Generator().manual_seed(3))
+    x[..., 1] *= 40
+    x[..., 2] = 0
+    for bits, most in ((8, 0.009), (4, 0.13)):
+        fmt = KVFormat("int", bits, "static")
+        scale, lost = fit_scale([x[:1], x[1:]], fmt)
+        assert scale.shape == (3, 1, 4)
+        rounded = rounded_at(x, scale, fmt)
+        assert abs(lost - float((rounded - x).norm() / x.norm())) < 1e-6
+        assert lost < most
+        assert torch.equal(rounded[..., 2], x[..., 2])
+        for factor in (0.8, 1.2):
+            assert (rounded_at(x, scale * factor, fmt) - x).norm() > (rounded - x).norm()
+    whole_range = x.abs().amax((0, 2)).unsqueeze(1).clamp_min(1e-9)
+    assert (rounded_at(x, whole_range / 7, fmt) - x).norm() > 1.1 * (rounded - x).norm(), "clipping gained nothing"
+
+
+def test_the_report_says_what_calibration_found():
+    slim = kvpass.transform(
+        families.build("llama"), [QuantizeKV(8, layout="static")], calibration=[ids(8, 128)], progress=False
+    )
+    for layer in slim.report.passes[-1].details:
+        assert layer["stored"] == "static8"
+        assert 0.001 < layer["keys_error"] < 0.02
+        assert 0.001 < layer["values_error"] < 0.02
+    assert slim.plan.bytes_per_token() * 4 == kvpass.plan(families.build("llama")).bytes_per_token()
+    without = [QuantizeKV(8, layout="static")]
+    with pytest.raises(RequestError, match="needs calibration text"):
+        kvpass.transform(families.build("llama"), without, progress=False)
 
 
 def test_a_family_with_windows():
@@ -284,6 +340,10 @@ def test_the_layout_that_is_chosen():
         ((QuantizeKV(4), PageKV()), "a buffer of its own, which pages do not hold"),
         ((QuantizeKV(8), QuantizeKV(4)), r"layer 0 is quantized already \(int8\)"),
         ((QuantizeKV(8), GroupHeads(1)), "in full precision"),
+        ((QuantizeKV(8, layout="static"), ShareLayers("0_0")), "scaled per layer already"),
+        ((ShareLayers("1_1", upward=True), QuantizeKV(8, layout="static")), "scales are calibrated in one"),
+        ((QuantizeKV(2, layout="static"),), "integers of 8 or 4 bits, not 'int' of 2"),
+        ((QuantizeKV(8, kind="fp8", layout="static"),), "integers of 8 or 4 bits, not 'fp8' of 8"),
         ((QuantizeKV(3),), "bits 8 or 4 or 2, not 3"),
         ((QuantizeKV(4, kind="fp8"),), "bits 8, not 4"),
         ((QuantizeKV(8, kind="fp8", layout="kivi"),), "layout 'kivi' stores integers, not kind 'fp8'"),
@@ -337,8 +397,9 @@ def test_the_checks_of_the_cache_hold_in_float32():
     assert any("cached decode" in note for note in slim.report.notes)
 
 
-def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path, variants):
-    slim, tokens = variants["kivi4:8:16"], ids()
+@pytest.mark.parametrize("fmt", ["kivi4:8:16", "static8"])
+def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path, variants, fmt):
+    slim, tokens = variants[fmt], ids()
     slim.save(tmp_path / "out")
     back = kvpass.load(tmp_path / "out")
     assert back.plan == slim.plan
