@@ -261,7 +261,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) ->
             layers=graph.owners,
             kv_heads=caches[0].kv_heads,
             head_dim=caches[0].key_dim,
-            windows=windows,
+            windows=windows if graph.target != "onnx" else (),  # it hands on all that a graph returns
             shared=graph.target != "onnx",
             eos=_ids(config.get("eos_token_id")),
             bos=next(iter(_ids(config.get("bos_token_id"))), None),

@@ -208,6 +208,7 @@ class _Run:
         self.kind = torch.float16 if dtype == "fp16" else torch.float32
         self.outputs = [o.name for o in session.get_outputs()]
         windows = {o: window_kept(plan, o, positions, target) for o in plan.owners()}
+        self.trimmed = windows if target == "onnx" else {}
         self.rings = {o: rows for o, w in windows.items() if (rows := w or sum(rows_kept(plan, o)))}
         grown = {o: sum(rows_kept(plan, o)) for o in windows}
         placed = dict.fromkeys(windows, room or positions)
@@ -236,6 +237,8 @@ class _Run:
         else:
             feeds |= {name: t.numpy() for name, t in zip(names, held.past, strict=True)}
             logits, *presents = (torch.from_numpy(x) for x in self.session.run(self.outputs, feeds))
+            pairs = zip(presents, [w for o in self.plan.owners() for w in [self.trimmed.get(o, 0)] * 2], strict=True)
+            presents = [t[:, :, -w:] for t, w in pairs]
         found = torch.stack([row.roll(-n, 0) for row, n in zip(logits.float(), aside, strict=True)])
         return found, _Held(presents, total)
 

@@ -90,6 +90,9 @@ def check_plan(plan: CachePlan, target: Target = "ort") -> None:
     """
     for cache in plan:
         reason, fix = _why_not(cache, target)
+        owner = cache.layer if cache.kv_source is None else cache.kv_source
+        if not reason and target == "ort" and cache.sinks and not rows_kept(plan, owner)[1]:
+            reason, fix = "it has sinks, in a cache that another layer reads beyond them", "choose target onnx"
         if reason:
             raise PlanError(f"layer {cache.layer} cannot be exported for {RUNTIMES[target]}: {reason}", fix=fix)
     if plan.selective:
@@ -334,7 +337,7 @@ class _Lowering:
             )  # fmt: skip
             out = self.call(node, aten.reshape.default, self.call(node, _item, made, 0), [batch, length, cache.heads, -1])
             out = self.call(node, aten.transpose.int, out, 1, 2)
-            self._keep(node, owner, window, (self.call(node, _item, made, 1), self.call(node, _item, made, 2)))
+            self.presents[owner] = self.readable[owner] = (self.call(node, _item, made, 1), self.call(node, _item, made, 2))
         else:
             if layer == owner:
                 self._remember(node, owner, window, (self._turned(node, k, cache.kv_heads), v))
@@ -362,8 +365,8 @@ class _Lowering:
         """Write new keys and values into a layer's caches."""
         pairs = list(zip(self.past[owner], new, strict=True))
         if self.target == "onnx":
-            rows = tuple(self.call(node, standard.appended, past, x) for past, x in pairs)
-            self._keep(node, owner, window, (rows[0], rows[1]))
+            key, value = (self.call(node, standard.appended, past, x) for past, x in pairs)
+            self.presents[owner] = self.readable[owner] = (key, value)
             return
         if window:
             made = [self.call(node, standard.slid, past, x) for past, x in pairs]
@@ -372,13 +375,6 @@ class _Lowering:
         key, value = made
         self.presents[owner] = (self.call(node, _item, key, 0), self.call(node, _item, value, 0))
         self.readable[owner] = (self.call(node, _item, key, 1), self.call(node, _item, value, 1))
-
-    def _keep(self, node: fx.Node, owner: int, window: int, rows: tuple[fx.Node, fx.Node]) -> None:
-        """Return a layer's concatenated keys and values, of a window the last."""
-        self.readable[owner] = self.presents[owner] = rows
-        if window:
-            key, value = (self.call(node, standard.bounded, x, window) for x in rows)
-            self.presents[owner] = (key, value)
 
     def _bias(
         self, node: fx.Node, owner: int, rows: int, options: dict[str, Any], arguments: list[Any]
@@ -432,13 +428,11 @@ def ring_window(plan: CachePlan, owner: int, positions: int) -> int:
 
 
 def window_kept(plan: CachePlan, owner: int, positions: int, target: Target) -> int:
-    """The window that an owner's past is bounded by in a target's graph, else 0."""
+    """The window that an owner's past is bounded by in a target's package, else 0."""
     if target == "ort":
         return ring_window(plan, owner, positions)
-    windows = {o: plan.layout(o).window for o in plan.owners() if not plan.layout(o).sinks}
-    bounds = {o: w for o, w in windows.items() if 0 < w < positions}
-    # onnxruntime-genai knows one size of windows, and takes no concatenated cache of another
-    return max(bounds.values()) if owner in bounds and target == "onnx" else bounds.get(owner, 0)
+    layout = plan.layout(owner)
+    return layout.window if not layout.sinks and 0 < layout.window < positions else 0
 
 
 def rows_kept(plan: CachePlan, owner: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from kvpass.errors import RequestError, SourceError
 from kvpass.export.onnx.export import FILE, FORMAT, MARKER
 
 CHUNK = 512  # tokens that one run reads of a prompt; bounds the memory of its logits
-SLACK = 16  # rows behind a window on the CPU, which then moves its rows up once in SLACK + 1 tokens
+SLACK = 16  # rows beside a window, so that rows are moved once in SLACK + 1 tokens
 _KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -391,8 +391,20 @@ class OnnxModel:
         self.session.run_with_iobinding(binding)
         value, *presents = binding.get_outputs()
         self._buffers = dict(zip(self._buffers, presents, strict=True))
+        for layer in self._layers:
+            for part in ("key", "value") if layer.window and not layer.sinks else ():
+                self._trim(f"{layer.owner}.{part}", layer.window)
         logits: NDArray[np.float32] = value.numpy()[:, -1].astype(np.float32)
         return logits
+
+    def _trim(self, name: str, window: int) -> None:
+        """Keep the last rows of a cache, once there are some more of them than its window: it is a copy."""
+        from onnxruntime import OrtValue
+
+        buffer = self._buffers[name]
+        if buffer.shape()[2] > window + SLACK:
+            kept = np.ascontiguousarray(buffer.numpy()[:, :, -window:])
+            self._buffers[name] = OrtValue.ortvalue_from_numpy(kept, self._device, 0)
 
 
 def _integers(values: ArrayLike, what: str) -> NDArray[np.int64]:

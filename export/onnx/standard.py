@@ -3,11 +3,12 @@ GroupQueryAttention.
 
 `onnx` (opset 23) returns keys and values that are longer than those it was given. Its rows may be padded anywhere:
 `attention_mask` says which columns hold tokens, and a token's position is how many of them lie before it. So rows of
-different lengths, padded on the left, are read in one run, in parts, and behind a cache.
+different lengths, padded on the left, are read in one run, in parts, and behind a cache. Of a layer with a window, a
+runner may hand on the last rows alone: those that are given are taken to be the last columns of the mask.
 
 `onnx-static` (opset 24) writes into buffers of a fixed capacity: TensorScatter puts each row's new tokens behind those
 that it has, and Attention is told how many there are. A cache with a window stays as long as it is, its latest tokens
-last; so does one of `onnx`, once its window is full.
+last.
 
 Neither operator takes every mask as a flag; what causality alone does not say is a bias that is computed from positions
 once per step, for all layers that see alike. Both cap scores before they add it, as models do.
@@ -41,7 +42,7 @@ def bias_grown(
     ids: Tensor,  # [B, S]
     mask: Tensor,  # [B, T]
     like: Tensor,  # of the type that the bias is to have
-    past: Tensor | None,  # [B, Hkv, P, D] where a window bounds it, so that it holds the last columns only
+    past: Tensor | None,  # [B, Hkv, P, D] where a window bounds it: the last columns of those before
     alibi_slopes: Tensor | None,  # [H]
     table: Tensor | None,  # [B, H or 1, S, positions]: rows of a mask that is kept as a table
     *,
@@ -63,7 +64,7 @@ def bias_placed(
     mask: Tensor,
     starts: Tensor,  # [B] tokens that were there before
     like: Tensor,
-    past: Tensor | None,  # [B, Hkv, P, D] where a window bounds it, so that it holds the latest tokens only
+    past: Tensor | None,  # [B, Hkv, P, D] where a window bounds it: the latest tokens, in order
     alibi_slopes: Tensor | None,
     table: Tensor | None,
     *,
@@ -119,11 +120,6 @@ def _last(x: Tensor, count: Any) -> Tensor:
 def appended(past: Tensor, new: Tensor) -> Tensor:  # [B, Hkv, P, D], [B, Hkv, S, D]
     """[B, Hkv, P + S, D]"""
     return torch.cat([past, new], dim=2)
-
-
-def bounded(rows: Tensor, kept: int) -> Tensor:
-    """The last rows of a cache [B, Hkv, L, D], as many as a window reads."""
-    return _cut(rows, -kept, sys.maxsize, torch.sym_min(rows.shape[2], kept))
 
 
 def placed(past: Tensor, new: Tensor, starts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
