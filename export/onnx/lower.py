@@ -109,13 +109,16 @@ def check_program(program: Program, target: Target = "ort") -> None:
         PlanError: with the layer and the reason.
     """
     for site in SiteFinder(program):
-        for name, words in (("alibi_slopes", "ALiBi"), ("sink_q", "positions counted in the cache")):
-            if site.optional(name) is None or (name == "alibi_slopes" and target != "ort" and not site.option("sinks")):
-                continue
-            raise PlanError(
-                f"layer {site.layer} cannot be exported for {RUNTIMES[target]}: its attention has {words}",
-                fix="choose another runtime" if name == "sink_q" else "choose target onnx, and no sinks",
-            )
+        has, fix = "", "choose another runtime"
+        if site.optional("sink_q") is not None:
+            has = "positions counted in the cache"
+        elif site.optional("alibi_slopes") is not None and (target == "ort" or site.option("sinks")):
+            has, fix = "ALiBi" if target == "ort" else "ALiBi and sinks", "choose target onnx, and no sinks"
+        elif site.option("strict") and target != "ort":
+            has = "queries that do not read their own token, and the first one nothing"
+        if has:
+            words = f"layer {site.layer} cannot be exported for {RUNTIMES[target]}: its attention has {has}"
+            raise PlanError(words, fix=fix)
 
 
 def _why_not(cache: LayerCache, target: Target) -> tuple[str, str]:

@@ -708,6 +708,63 @@ def _summed(graph: ir.Graph, biases: Sequence[ir.Value]) -> ir.Value:
     return _lazy(graph, "_and_".join(str(b.name) for b in biases), shape, biases, lambda *b: sum(b))
 
 
+# --- buffers -------------------------------------------------------------------------------------------------------
+
+
+def _read_in_place(model: ir.Model) -> None:
+    """A step reads a buffer as it lies once more than half of it is in use, and a copy of the rows in use before.
+
+    Attention computes to the end of what it is given, so a prompt always reads the rows in use: they are few beside
+    the products that it takes.
+    """
+    graph = model.graph
+    whole: ir.Value | None = None
+    for node in list(graph):
+        cuts = [cut for x in node.inputs[1:3] if (cut := _made_by(x, "Slice")) is not None]
+        if node.op_type != "Attention" or len(cuts) < 2 or len(node.inputs) < 7:
+            continue
+        whole = whole or _mostly_full(graph, node, cuts[0].inputs[0])
+        own = [ir.node("Slice", list(cut.inputs)) for cut in cuts]
+        branches = {
+            "then_branch": _branch(node, [], [cut.inputs[0] for cut in cuts], "whole"),
+            "else_branch": _branch(node, own, [cut.outputs[0] for cut in own], "part"),
+        }
+        chosen = ir.node("If", [whole], {name: ir.AttrGraph(name, body) for name, body in branches.items()})
+        _insert(node, chosen, node.outputs)
+        ir.convenience.replace_all_uses_with(node.outputs[0], chosen.outputs[0])
+        graph.remove(node, safe=True)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _mostly_full(graph: ir.Graph, before: ir.Node, buffer: ir.Value | None) -> ir.Value:
+    """Whether one token is read, into a buffer [B, H, C, D] of which more than half is in use."""
+    ids, mask = graph.inputs[:2]
+    shapes = [
+        _insert(before, ir.node("Shape", [x], {"start": axis, "end": axis + 1}), ()).outputs[0]
+        for x, axis in ((ids, 1), (mask, 1), (buffer, 2))
+    ]
+    made: dict[str, ir.Value] = {}
+    for name, kind, operands in (
+        ("one", "Equal", lambda: [shapes[0], _integers(graph, "shape", [1])]),
+        ("twice", "Add", lambda: [shapes[1], shapes[1]]),
+        ("full", "Less", lambda: [shapes[2], made["twice"]]),
+        ("whole", "And", lambda: [made["one"], made["full"]]),
+    ):
+        made[name] = _insert(before, ir.node(kind, operands()), ()).outputs[0]
+    return made["whole"]
+
+
+def _branch(attention: ir.Node, before: list[ir.Node], operands: Sequence[ir.Value | None], name: str) -> ir.Graph:
+    """The attention over other keys and values, as the body of a choice."""
+    query, _, _, *others = attention.inputs
+    made = ir.node("Attention", [query, *operands, *others], dict(attention.attributes))
+    old, new = attention.outputs[0], made.outputs[0]
+    new.name, new.type, new.shape = f"{old.name}_{name}", old.type, old.shape
+    for index, node in enumerate(before):
+        node.outputs[0].name = f"{old.name}_{name}_{index}"
+    return ir.Graph([], [new], nodes=[*before, made], name=f"{name}_of_{old.name}")
+
+
 # --- what remains --------------------------------------------------------------------------------------------------
 
 
@@ -728,5 +785,5 @@ _VIEWS_AND_PRODUCTS = (_tidy_views, _keep_batches, _tidy_views, _pack_projection
 PASSES: dict[Target, tuple[Callable[[ir.Model], None], ...]] = {
     "ort": (_fuse, *_VIEWS_AND_PRODUCTS, _join_sums, _clean),
     "onnx": (_fuse_standard, *_VIEWS_AND_PRODUCTS, _clean),
-    "onnx-static": (_fuse_standard, *_VIEWS_AND_PRODUCTS, _clean),
+    "onnx-static": (_fuse_standard, *_VIEWS_AND_PRODUCTS, _clean, _read_in_place),
 }
