@@ -134,6 +134,8 @@ class OnnxTarget(StrEnum):
     """Whose operators an ONNX package is made of."""
 
     ort = "ort"
+    onnx = "onnx"
+    onnx_static = "onnx-static"
 
 
 class OnnxDtype(StrEnum):
@@ -815,7 +817,14 @@ def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")],
     flags: Flags,
-    target: Annotated[OnnxTarget, typer.Option("--target", help="ort: operators of ONNX Runtime.")] = OnnxTarget.ort,
+    target: Annotated[
+        OnnxTarget,
+        typer.Option(
+            "--target",
+            help="ort: operators of ONNX Runtime. onnx: those of the standard alone (opset 23), caches grow. "
+            "onnx-static: likewise (opset 24), caches are written in place.",
+        ),
+    ] = OnnxTarget.ort,
     dtype: Annotated[OnnxDtype, typer.Option("--dtype", help="Of weights, caches and arithmetic.")] = OnnxDtype.fp32,
     positions: Annotated[
         int | None, typer.Option("--positions", min=1, help="Tokens per row at most.  [default: the model's, 4096]")

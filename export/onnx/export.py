@@ -24,17 +24,16 @@ import torch
 
 from kvpass.errors import RequestError, UnsupportedError
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
-from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, ring_window, rows_kept, stored
+from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, rows_kept, stored, window_kept
+from kvpass.export.onnx.standard import OPSETS, Target
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
 
-Target = Literal["ort"]
 MARKER = "kvpass-onnx.json"
 FILE, DATA = "model.onnx", "model.onnx.data"
 FORMAT = 1
-OPSET = 21
 POSITIONS = 4096  # of the tables, where the model has more
 _NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -76,7 +75,8 @@ def export_onnx(
     Args:
         model: what `kvpass.transform` gave.
         folder: where it is to be; made whole or not at all.
-        target: "ort", operators of ONNX Runtime (GroupQueryAttention).
+        target: "ort", operators of ONNX Runtime (GroupQueryAttention); "onnx", operators of the standard alone (opset
+            23), whose caches grow; "onnx-static", likewise (opset 24), whose caches are written in place.
         dtype: of weights, caches and arithmetic.
         positions: tokens per row that the package reads at most; the model's own number, 4096 at most, where None.
         overwrite: replace a folder that is there.
@@ -87,32 +87,32 @@ def export_onnx(
         CheckError: the runtime computes something else; nothing is left behind.
         OutputError: the folder cannot be written.
     """
-    if target != "ort":
-        raise RequestError(f"there is no target {target!r}", fix="choose 'ort'")
-    check_plan(model.plan)
-    check_program(model.program)
+    if target not in OPSETS:
+        raise RequestError(f"there is no target {target!r}", fix=f"choose one of {', '.join(OPSETS)}")
+    check_plan(model.plan, target)
+    check_program(model.program, target)
     require(*_NEEDED)
     count = _positions(model, positions)
     from kvpass.export.onnx.gate import check_written, probe
 
-    probe(model.plan, dtype)
+    probe(model.plan, dtype, target)
     clock = _Clock()
     with output_folder(folder, overwrite=overwrite) as partial:
         with clock("lower"):
-            graph = lower(model.program, model.plan, count)
+            graph = lower(model.program, model.plan, count, target)
         with clock("export"):
             proto = _to_onnx(graph, dtype)
         with clock("optimize"):
             from kvpass.export.onnx.optimize import optimize
 
-            optimize(proto)
+            optimize(proto, target)
         nodes = Counter(n.op_type for n in proto.graph)
         with clock("write"):
             _write(proto, partial)
-            _describe(model, graph, partial, target, dtype)
+            _describe(model, graph, partial, dtype)
         del proto
         with clock("check"):
-            checks = check_written(model, partial, dtype, count)
+            checks = check_written(model, partial, dtype, count, target)
         size = sum(f.stat().st_size for f in partial.iterdir())
     ordered = dict(sorted(nodes.items(), key=lambda item: (-item[1], item[0])))
     return Exported(str(folder), target, count, ordered, size, checks, clock.seconds)
@@ -165,11 +165,12 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     """The graph as an `onnx_ir.Model`; its weights stay where they are."""
     module = graph.module.half() if dtype == "fp16" else graph.module
     batch, length, past = 2, 5, 3
+    room = past + length + 1 if graph.target == "onnx-static" else past
     caches = [graph.plan[owner] for owner in graph.owners]
     kind = torch.float16 if dtype == "fp16" else torch.float32
-    rings = [ring_window(graph.plan, o, graph.positions) for o in graph.owners]
+    rings = [window_kept(graph.plan, o, graph.positions, graph.target) for o in graph.owners]
     fixed = [sum(rows_kept(graph.plan, o)) for o in graph.owners]  # rows of caches with sinks, which never grow
-    rows = [f or (w + 1 if w else past) for w, f in zip(rings, fixed, strict=True) for _ in range(2)]
+    rows = [f or (w + 1 if w else room) for w, f in zip(rings, fixed, strict=True) for _ in range(2)]
     held = []
     for cache, count in zip((c for c in caches for _ in range(2)), rows, strict=True):
         element, width = stored(cache, kind)
@@ -194,7 +195,7 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     with _quiet():
         program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         made = torch.onnx.export(
-            program, input_names=inputs, output_names=outputs, opset_version=OPSET, dynamic_shapes=named,
+            program, input_names=inputs, output_names=outputs, opset_version=OPSETS[graph.target], dynamic_shapes=named,
             dynamo=True, optimize=True, verbose=False,
         )  # fmt: skip
     if made is None:
@@ -226,13 +227,14 @@ def _write(proto: Any, folder: Path) -> None:
     onnx_ir.save(proto, folder / FILE, external_data=DATA)
 
 
-def _describe(model: Transformed, graph: OnnxGraph, folder: Path, target: str, dtype: str) -> None:
+def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) -> None:
     """Write what a runner has to know, and what genai does."""
     facts = model.program.facts
     config = facts.config or {}
+    windows = tuple(window_kept(graph.plan, o, graph.positions, graph.target) for o in graph.owners)
     document = {
         "format": FORMAT,
-        "target": target,
+        "target": graph.target,
         "dtype": dtype,
         "positions": graph.positions,
         "vocab_size": facts.vocab_size,
@@ -243,10 +245,10 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, target: str, d
                 "kv_heads": graph.plan[o].kv_heads,
                 "head_dim": graph.plan[o].key_dim,
                 "bits": graph.plan[o].format.bits,
-                "window": ring_window(graph.plan, o, graph.positions) or rows_kept(graph.plan, o)[0],
+                "window": window or rows_kept(graph.plan, o)[0],
                 "sinks": rows_kept(graph.plan, o)[1],
             }
-            for o in graph.owners
+            for o, window in zip(graph.owners, windows, strict=True)
         ],
         "recipe": model.recipe.dump(),
     }
@@ -262,7 +264,8 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, target: str, d
             layers=graph.owners,
             kv_heads=caches[0].kv_heads,
             head_dim=caches[0].key_dim,
-            windows=tuple(ring_window(graph.plan, o, graph.positions) for o in graph.owners),
+            windows=windows if graph.target != "onnx" else (),  # it hands on all that a graph returns
+            shared=graph.target != "onnx",
             eos=_ids(config.get("eos_token_id")),
             bos=next(iter(_ids(config.get("bos_token_id"))), None),
             pad=next(iter(_ids(config.get("pad_token_id"))), None),

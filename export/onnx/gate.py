@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import CheckError, UnsupportedError
-from kvpass.export.onnx.lower import ring_window, rows_kept, stored
+from kvpass.export.onnx.lower import rows_kept, stored, window_kept
+from kvpass.export.onnx.standard import Target
 from kvpass.ir.plan import CachePlan
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class Check:
     unit: str = "of the logits' spread"
 
 
-def check_written(model: Transformed, folder: Path, dtype: str, positions: int) -> list[dict[str, Any]]:
+def check_written(
+    model: Transformed, folder: Path, dtype: str, positions: int, target: Target = "ort"
+) -> list[dict[str, Any]]:
     """Check a folder; what was compared.
 
     Raises:
@@ -51,11 +54,12 @@ def check_written(model: Transformed, folder: Path, dtype: str, positions: int) 
     from kvpass.export.onnx.export import FILE
 
     path = folder / FILE
-    _teach_checker()
-    onnx.checker.check_model(str(path), full_check=False)
-    lint(onnx.load(str(path), load_external_data=False))
+    if target == "ort":
+        _teach_checker()
+    onnx.checker.check_model(str(path), full_check=target != "ort")  # shapes of foreign operators it cannot infer
+    lint(onnx.load(str(path), load_external_data=False), target)
     session = _session(path)
-    return [asdict(check) for check in _compare(model, session, dtype, positions)]
+    return [asdict(check) for check in _compare(model, session, dtype, positions, target)]
 
 
 def _teach_checker() -> None:
@@ -79,12 +83,16 @@ def _teach_checker() -> None:
     )  # fmt: skip
 
 
-def lint(proto: Any) -> None:
-    """Refuse graphs that runtimes read wrongly without an error.
+def lint(proto: Any, target: Target = "ort") -> None:
+    """Refuse graphs that runtimes read wrongly without an error, or that other runtimes than ONNX Runtime cannot read.
 
     Raises:
-        CheckError: an attention with keys of its own lacks an output for them, or a reader has one.
+        CheckError: an attention with keys of its own lacks an output for them, or a reader has one; or an operator is
+            none of the standard where the target has no others.
     """
+    foreign = sorted({n.op_type for n in proto.graph.node if n.domain not in ("", "ai.onnx")})
+    if target != "ort" and foreign:
+        raise CheckError(f"the standard has no {', '.join(foreign)}", where="the ONNX graph")
     shapes = {v.name: v for v in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]}
     for node in proto.graph.node:
         if node.op_type != "GroupQueryAttention":
@@ -121,7 +129,7 @@ def _session(path: Path) -> Any:
         ) from error
 
 
-def _compare(model: Transformed, session: Any, dtype: str, positions: int) -> list[Check]:
+def _compare(model: Transformed, session: Any, dtype: str, positions: int, target: Target) -> list[Check]:
     """Everything that is compared."""
     facts = model.program.facts
     longest = min(facts.max_positions or positions, positions)
@@ -132,7 +140,7 @@ def _compare(model: Transformed, session: Any, dtype: str, positions: int) -> li
     ids = torch.randint(0, facts.vocab_size, (2, length), generator=torch.Generator().manual_seed(23))
     with torch.no_grad():
         right = model(ids).float().cpu()
-    run = _Run(model.plan, session, dtype, positions)
+    run = _Run(model.plan, session, dtype, positions, target, room=length)
     allowed = BOUNDS[dtype] + max(c.format.step for c in model.plan)  # rounding noise may turn a code into the next one
     checks = []
 
@@ -172,17 +180,14 @@ def _compare(model: Transformed, session: Any, dtype: str, positions: int) -> li
     logits, held = run(one[:, first:prompt], held)
     compare("a prompt in two parts", logits, right[:1, first:prompt], held, prompt)
     counts = [prompt, max(1, prompt - 5)]
-    if run.rings:  # the operator reads prompts of different lengths one at a time where windows wrap
-        rows = [run(ids[i : i + 1, :n], None)[1] for i, n in enumerate(counts)]
+    if run.rings and target != "onnx":  # prompts of different lengths are read one at a time where windows wrap
+        held = _Held.together([run(ids[i : i + 1, :n], None)[1] for i, n in enumerate(counts)])
     else:
-        mask = (torch.arange(prompt) < torch.tensor(counts).view(-1, 1)).long()
-        logits, held = run(ids[:, :prompt], None, mask)
+        logits, held = run(ids[:, :prompt], None, counts)
         compare("prompts of two lengths", logits[1:, : counts[1]], right[1:, : counts[1]], None)
-        rows = [held.row(i, n) for i, n in enumerate(counts)]
     if prompt < length:
         after = torch.stack([ids[i, n] for i, n in enumerate(counts)]).unsqueeze(1)
-        mask = (torch.arange(prompt + 1) <= torch.tensor(counts).view(-1, 1)).long()
-        logits, _ = run(after, _Held.together(rows), mask)
+        logits, _ = run(after, held, [n + 1 for n in counts])
         compare(
             "a step of rows of two lengths",
             logits,
@@ -199,10 +204,6 @@ class _Held:
     past: list[Tensor]
     tokens: int
 
-    def row(self, index: int, tokens: int) -> _Held:
-        """One row alone."""
-        return _Held([t[index : index + 1, :, :tokens] for t in self.past], tokens)
-
     @staticmethod
     def together(rows: list[_Held]) -> _Held:
         """Rows side by side, the shorter ones padded."""
@@ -214,30 +215,66 @@ class _Held:
 
 
 class _Run:
-    """Runs of a session with caches that are handed on."""
+    """Runs of a session with caches that are handed on, as a target's runner does."""
 
-    def __init__(self, plan: CachePlan, session: Any, dtype: str, positions: int) -> None:
-        self.plan, self.session = plan, session
+    def __init__(
+        self, plan: CachePlan, session: Any, dtype: str, positions: int, target: Target = "ort", room: int = 0
+    ) -> None:
+        self.plan, self.session, self.target = plan, session, target
         self.kind = torch.float16 if dtype == "fp16" else torch.float32
         self.outputs = [o.name for o in session.get_outputs()]
-        self.rings = {o: w for o in plan.owners() if (w := ring_window(plan, o, positions) or sum(rows_kept(plan, o)))}
+        windows = {o: window_kept(plan, o, positions, target) for o in plan.owners()}
+        self.trimmed = windows if target == "onnx" else {}
+        self.rings = {o: rows for o, w in windows.items() if (rows := w or sum(rows_kept(plan, o)))}
+        grown = {o: sum(rows_kept(plan, o)) for o in windows}
+        placed = dict.fromkeys(windows, room or positions)
+        self.rows = {"ort": self.rings, "onnx": grown, "onnx-static": placed | self.rings}[target]
 
-    def __call__(self, ids: Tensor, held: _Held | None, mask: Tensor | None = None) -> tuple[Tensor, _Held]:
+    def __call__(self, ids: Tensor, held: _Held | None, counts: list[int] | None = None) -> tuple[Tensor, _Held]:
+        """Logits [B, S, V] of new tokens; `counts` are the tokens of each row, those before included."""
+        before = 0 if held is None else held.tokens
+        total = before + int(ids.shape[1])
+        lengths = torch.tensor(counts or [total] * len(ids)).view(-1, 1)
+        columns, padded = torch.arange(total), self.target == "onnx"
+        mask = columns >= total - lengths if padded else columns < lengths
+        aside = [int(total - n) if padded and held is None else 0 for n in lengths]
+        given = torch.stack([row.roll(n) for row, n in zip(ids, aside, strict=True)])
         if held is None:
             past = []
             for owner in self.plan.owners():
                 kind, width = stored(self.plan[owner], self.kind)
-                shape = (len(ids), self.plan[owner].kv_heads, self.rings.get(owner, 0), width)
+                shape = (len(ids), self.plan[owner].kv_heads, self.rows.get(owner, 0), width)
                 past += [torch.zeros(shape, dtype=kind) for _ in range(2)]
             held = _Held(past, 0)
-        total = held.tokens + int(ids.shape[1])
-        if mask is None:
-            mask = torch.ones((len(ids), total), dtype=torch.long)
         names = [n.replace("present", "past_key_values") for n in self.outputs[1:]]
-        feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-        feeds |= {name: t.numpy() for name, t in zip(names, held.past, strict=True)}
-        logits, *presents = (torch.from_numpy(x) for x in self.session.run(self.outputs, feeds))
-        return logits.float(), _Held(presents, total)
+        feeds = {"input_ids": given.numpy(), "attention_mask": mask.long().numpy()}
+        if self.target == "onnx-static":
+            logits, presents = self._in_place(feeds, dict(zip(names, held.past, strict=True)))
+        else:
+            feeds |= {name: t.numpy() for name, t in zip(names, held.past, strict=True)}
+            logits, *presents = (torch.from_numpy(x) for x in self.session.run(self.outputs, feeds))
+            pairs = zip(presents, [w for o in self.plan.owners() for w in [self.trimmed.get(o, 0)] * 2], strict=True)
+            presents = [t[:, :, -w:] for t, w in pairs]
+        found = torch.stack([row.roll(-n, 0) for row, n in zip(logits.float(), aside, strict=True)])
+        return found, _Held(presents, total)
+
+    def _in_place(self, feeds: dict[str, Any], past: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and copies of the caches in which presents were written where the pasts lie."""
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits")
+        copies = {name: t.clone() for name, t in past.items()}
+        for name, t in copies.items():
+            place = ("cpu", 0, t.numpy().dtype.type, list(t.shape), t.data_ptr())
+            binding.bind_input(name, *place)
+            if sum(rows_kept(self.plan, int(name.split(".")[1]))):
+                binding.bind_output(name.replace("past_key_values", "present"))  # the graph reads the old one last
+            else:
+                binding.bind_output(name.replace("past_key_values", "present"), *place)
+        self.session.run_with_iobinding(binding)
+        logits, *presents = (torch.from_numpy(v.numpy().copy()) for v in binding.get_outputs())
+        return logits, presents
 
 
 def _entries(model: Transformed, held: _Held, ids: Tensor, run: _Run) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -265,7 +302,7 @@ def _first_layer(model: Transformed, held: _Held, ids: Tensor, allowed: float, r
     return f"no keys or values differ in {seen} caches: look behind their attention" if seen else "no cache tells"
 
 
-def probe(plan: CachePlan, dtype: str) -> None:
+def probe(plan: CachePlan, dtype: str, target: Target = "ort") -> None:
     """Ask the installed runtime for what the graph will need, by running one operator.
 
     Raises:
@@ -275,7 +312,7 @@ def probe(plan: CachePlan, dtype: str) -> None:
     import onnx
     import onnxruntime
 
-    if not any(not c.owner for c in plan):
+    if target != "ort" or all(c.owner for c in plan):
         return
     kind = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
     tensor = onnx.helper.make_tensor_value_info

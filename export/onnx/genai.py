@@ -34,6 +34,7 @@ class GenaiFacts:
         eos: ids that end a text; where there is none, the runtime takes 0 to be one.
         bos: the id that begins a text, if there is one.
         pad: the id that fills rows, if there is one.
+        shared: whether past and present of a cache are one buffer.
     """
 
     context_length: int
@@ -47,6 +48,7 @@ class GenaiFacts:
     eos: tuple[int, ...] = ()
     bos: int | None = None
     pad: int | None = None
+    shared: bool = True
 
 
 def write_genai_config(folder: Path, facts: GenaiFacts, tokenizer_source: str | None = None) -> None:
@@ -113,7 +115,7 @@ def genai_config(facts: GenaiFacts, generation: dict[str, Any] | None = None) ->
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": facts.shared,
             "repetition_penalty": generation.get("repetition_penalty") or 1.0,
             "temperature": generation.get("temperature") or 1.0,
             "top_k": 50 if generation.get("top_k") is None else generation["top_k"],

@@ -1,8 +1,9 @@
 """From a program to a graph of ONNX operators: what `export` runs before weights are written.
 
 The entry `decode` of the cache pass is the model with a cache; here its attention becomes GroupQueryAttention of ONNX
-Runtime, whose inputs and outputs are the caches, RoPE included where `raise_rotary` has shown it. One graph serves
-prompts and decoding, as onnxruntime-genai runs it: `attention_mask` says how long rows are.
+Runtime, whose inputs and outputs are the caches, RoPE included where `raise_rotary` has shown it; or operators of the
+standard (`kvpass.export.onnx.standard`), for other targets. One graph serves prompts and decoding, as onnxruntime-genai
+runs it: `attention_mask` says how long rows are.
 
 Shapes: B batch, S new tokens, P tokens in the cache, H query heads, Hkv KV heads, D head_dim.
 """
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from kvpass.errors import PlanError
+from kvpass.export.onnx import standard
+from kvpass.export.onnx.standard import Target
 from kvpass.ir.attention import scored, shared_out, visible
 from kvpass.ir.execute import ancestors, evaluate
 from kvpass.ir.fold import fold_weights
@@ -37,6 +40,12 @@ from kvpass.ir.sites import SiteFinder
 from kvpass.passes.insert_cache import Inserted, insert_cache
 from kvpass.passes.raise_rotary import raise_rotary
 
+RUNTIMES: dict[Target, str] = {
+    "ort": "ONNX Runtime",
+    "onnx": "the operators of the ONNX standard",
+    "onnx-static": "the operators of the ONNX standard",
+}
+
 
 @dataclass(frozen=True)
 class OnnxGraph:
@@ -48,63 +57,74 @@ class OnnxGraph:
         owners: the layers that have keys and values, in that order.
         plan: what they store.
         positions: how many positions its tables have.
+        target: whose operators it is made of.
     """
 
     module: fx.GraphModule
     owners: tuple[int, ...]
     plan: CachePlan
     positions: int
+    target: Target = "ort"
 
 
-def lower(program: Program, plan: CachePlan, positions: int) -> OnnxGraph:
+def lower(program: Program, plan: CachePlan, positions: int, target: Target = "ort") -> OnnxGraph:
     """Lower a program for sequences of up to `positions` tokens; see `check_plan` for what is refused."""
-    check_plan(plan)
+    check_plan(plan, target)
     folded = fold_weights(program)
     raise_rotary(folded, positions)
     inserted = insert_cache(folded, plan)
     graph = folded.entries["decode"]
     tables = _hold_tables(folded, inserted, graph, positions)
-    _Lowering(folded, plan, graph, tables, positions).run()
+    _Lowering(folded, plan, graph, tables, positions, target).run()
     used = sorted({str(n.target) for n in graph.nodes if n.op == "get_attr"})
     tensors = {name: _parameter(folded, name) for name in used}
     module = to_module(folded, "decode", tensors)
-    return OnnxGraph(module, tuple(plan.owners()), plan, positions)
+    return OnnxGraph(module, tuple(plan.owners()), plan, positions, target)
 
 
-def check_plan(plan: CachePlan) -> None:
+def check_plan(plan: CachePlan, target: Target = "ort") -> None:
     """Refuse what cannot be expressed, before anything is read.
 
     Raises:
         PlanError: with the layer and the reason.
     """
     for cache in plan:
-        reason, fix = _why_not(cache)
+        reason, fix = _why_not(cache, target)
+        owner = cache.layer if cache.kv_source is None else cache.kv_source
+        if not reason and target == "ort" and cache.sinks and not rows_kept(plan, owner)[1]:
+            reason, fix = "it has sinks, in a cache that another layer reads beyond them", "choose target onnx"
         if reason:
-            raise PlanError(f"layer {cache.layer} cannot be exported for ONNX Runtime: {reason}", fix=fix)
+            raise PlanError(f"layer {cache.layer} cannot be exported for {RUNTIMES[target]}: {reason}", fix=fix)
     if plan.selective:
         raise PlanError(
-            "a cache whose tokens are chosen by rank cannot be exported for ONNX Runtime yet",
+            f"a cache whose tokens are chosen by rank cannot be exported for {RUNTIMES[target]} yet",
             fix="leave out EvictKV and PrunePyramid",
         )
 
 
-def check_program(program: Program) -> None:
+def check_program(program: Program, target: Target = "ort") -> None:
     """Refuse attention that the operator does not compute.
 
     Raises:
         PlanError: with the layer and the reason.
     """
     for site in SiteFinder(program):
-        for name, words in (("alibi_slopes", "ALiBi"), ("sink_q", "positions counted in the cache")):
-            if site.optional(name) is not None:
-                raise PlanError(
-                    f"layer {site.layer} cannot be exported for ONNX Runtime: its attention has {words}",
-                    fix="choose another runtime",
-                )
+        has, fix = "", "choose another runtime"
+        if site.optional("sink_q") is not None:
+            has = "positions counted in the cache"
+        elif site.optional("alibi_slopes") is not None and (target == "ort" or site.option("sinks")):
+            has, fix = "ALiBi" if target == "ort" else "ALiBi and sinks", "choose target onnx, and no sinks"
+        elif site.option("strict"):
+            has = "queries that do not read their own token, and the first one nothing"
+        if has:
+            words = f"layer {site.layer} cannot be exported for {RUNTIMES[target]}: its attention has {has}"
+            raise PlanError(words, fix=fix)
 
 
-def _why_not(cache: LayerCache) -> tuple[str, str]:
+def _why_not(cache: LayerCache, target: Target) -> tuple[str, str]:
     fmt = cache.format
+    if not fmt.full and target != "ort":
+        return "its numbers are stored as codes, which the standard's Attention does not read", "leave out QuantizeKV"
     if not fmt.full and fmt.layout != "static":
         what = f"its numbers are stored as {fmt}, and GroupQueryAttention has fixed scales"
         return what, 'QuantizeKV(8, layout="static")'
@@ -116,12 +136,13 @@ def _why_not(cache: LayerCache) -> tuple[str, str]:
         return "pages belong to a server", "leave out PageKV"
     if cache.upward:
         return "it reads a layer above it", "share layers downward (cla, yoco)"
-    if cache.positions:
-        return f"its mask is a table ({cache.positions})", "choose another model, or another runtime"
+    if cache.positions and (target == "ort" or cache.sinks):
+        behind = " and it keeps sinks" if target != "ort" else ""
+        return f"its mask is a table ({cache.positions}){behind}", "choose target onnx, and no sinks"
     if cache.key_dim != cache.value_dim:
         return f"keys have {cache.key_dim} channels and values {cache.value_dim}", "choose another runtime"
-    if cache.key_dim % 8:
-        return f"heads of {cache.key_dim} channels are no multiple of 8", "choose another runtime"
+    if cache.key_dim % 8 and target == "ort":
+        return f"heads of {cache.key_dim} channels are no multiple of 8", "choose target onnx"
     return "", ""
 
 
@@ -148,9 +169,15 @@ class _Lowering:
     """One graph on its way from the dialect to ONNX."""
 
     def __init__(
-        self, program: Program, plan: CachePlan, graph: fx.Graph, tables: dict[str, fx.Node], positions: int
+        self,
+        program: Program,
+        plan: CachePlan,
+        graph: fx.Graph,
+        tables: dict[str, fx.Node],
+        positions: int,
+        target: Target,
     ) -> None:
-        self.program, self.plan, self.graph, self.positions = program, plan, graph, positions
+        self.program, self.plan, self.graph, self.positions, self.target = program, plan, graph, positions, target
         self.inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
         self.body = next(n for n in graph.nodes if n.op == "call_function")
         for name, node in tables.items():
@@ -158,6 +185,8 @@ class _Lowering:
         self.ids = self.inputs["input_ids"]
         self.fresh: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.presents: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self.readable: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self.biases: dict[Any, fx.Node] = {}
 
     def call(self, before: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
         return insert_call(self.graph, before, target, *arguments, **options)
@@ -177,7 +206,7 @@ class _Lowering:
         self._lengths()
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ATTEND:
-                self._attend(node)
+                (self._attend if self.target == "ort" else self._attend_standard)(node)
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ROTARY:
                 _spell_out(node)
@@ -201,10 +230,19 @@ class _Lowering:
         self.total = self.call(body, aten.scalar_tensor.default, total, dtype=torch.int32)
         starts = self.inputs["starts"]
         self.starts = starts
-        sunk = any(cache.sinks for cache in self.plan)
-        if sunk or any(u.op == "call_function" and u.target is not ATTEND for u in starts.users):
+        length = self.call(body, aten.sym_size.int, self.ids, 1)
+        columns = [u for u in starts.users if u.op == "call_function" and u.target is aten.unsqueeze.default]
+        numbers = [u for column in columns for u in column.users]  # of the new tokens, [B, S]
+        if self.target == "onnx":
+            self.numbers = self.call(body, standard.positions_of, self.ids, self.mask)
+            for number in numbers:
+                number.replace_all_uses_with(self.numbers)
+            self.starts = self.call(body, aten.sub.Tensor, held, length)  # below 0 where a prompt begins with padding
+        sunk = any(cache.sinks for cache in self.plan) or self.target == "onnx-static"
+        if self.target != "onnx" and (
+            sunk or any(u.op == "call_function" and u.target is not ATTEND for u in starts.users)
+        ):
             # a prompt begins at 0, however short the row; one more token stands behind those that the row has
-            length = self.call(body, aten.sym_size.int, self.ids, 1)
             count = self.call(body, aten.scalar_tensor.default, length, dtype=torch.int64)
             one = self.call(body, aten.eq.Scalar, count, 1)
             whole = self.call(body, aten.scalar_tensor.default, total, dtype=torch.int64)
@@ -212,6 +250,9 @@ class _Lowering:
             here = self.call(body, aten.where.self, one, self.call(body, aten.sub.Tensor, held, 1), before)
             self.starts = self.call(body, aten._to_copy.default, here, dtype=torch.int64)
             starts.replace_all_uses_with(self.starts)
+        if self.target == "onnx-static":
+            self.numbers = numbers[0] if numbers else self.starts
+            self.held = self.call(body, aten.add.Tensor, self.starts, length)
         base = self.inputs["base"]
         for user in list(base.users):
             user.args = tuple(0 if a is base else a for a in user.args)
@@ -296,6 +337,98 @@ class _Lowering:
         wide = self.call(before, aten._to_copy.default, divided.args[1], dtype=torch.float32)
         return self.call(before, aten.unsqueeze.default, wide, 0)
 
+    def _attend_standard(self, node: fx.Node) -> None:
+        """Attention of operators of the standard: with a past where caches grow, over what is there elsewhere."""
+        arguments: list[Any] = [*node.args, *[None] * 10][:10]
+        options: dict[str, Any] = dict(node.kwargs)
+        layer = int(options["layer"])
+        cache = self.plan[layer]
+        owner = layer if cache.kv_source is None else cache.kv_source
+        if rows_kept(self.plan, owner)[1]:
+            heads = (cache.heads, cache.kv_heads)
+            arguments[:2] = [self._turned(node, x, n) for x, n in zip(arguments[:2], heads, strict=True)]
+            self._attend_sinks(node, owner, arguments, options)
+            return
+        q, k, v = arguments[:3]
+        learned = arguments[6]
+        window = window_kept(self.plan, owner, self.positions, self.target)
+        bias = self._bias(node, owner, window, options, arguments)
+        scoring = {"scale": float(options["scale"]), "softcap": float(options.get("softcap") or 0.0)}
+        if layer == owner and self.target == "onnx" and learned is None:
+            batch, length = (self.call(node, aten.sym_size.int, self.ids, axis) for axis in (0, 1))
+            sides = [(q, cache.heads), (k, cache.kv_heads), (v, cache.kv_heads)]
+            operands = [self._turned(node, x, heads, (batch, length, heads * cache.key_dim)) for x, heads in sides]
+            made = self.call(
+                node, standard.attend_appended, *operands, *self.past[owner], bias,
+                heads=cache.heads, kv_heads=cache.kv_heads, **scoring,
+            )  # fmt: skip
+            out = self.call(
+                node, aten.reshape.default, self.call(node, _item, made, 0), [batch, length, cache.heads, -1]
+            )
+            out = self.call(node, aten.transpose.int, out, 1, 2)
+            self.presents[owner] = self.readable[owner] = (
+                self.call(node, _item, made, 1),
+                self.call(node, _item, made, 2),
+            )
+        else:
+            if layer == owner:
+                self._remember(node, owner, window, (self._turned(node, k, cache.kv_heads), v))
+            out = self.call(
+                node, standard.attend_over, self._turned(node, q, cache.heads), *self.readable[owner], bias,
+                None if bias is not None else self.held, learned, opset=standard.OPSETS[self.target], **scoring,
+            )  # fmt: skip
+        node.replace_all_uses_with(out)
+        self.graph.erase_node(node)
+
+    def _turned(self, node: fx.Node, x: fx.Node, heads: int, packed: tuple[Any, ...] | None = None) -> fx.Node:
+        """An operand [B, heads, S, D], or as `packed` [B, S, heads*D], turned by the operator if it is turned."""
+        rotary = x if x.target is ROTARY else None
+        if rotary is not None:
+            x = rotary.args[0]  # type: ignore[assignment]
+        if packed is not None:
+            x = self.call(node, aten.reshape.default, self.call(node, aten.transpose.int, x, 1, 2), list(packed))
+        if rotary is None:
+            return x
+        tables = [self._table(rotary.args[i]) for i in (1, 2)]
+        turn = {"heads": heads, "interleaved": bool(rotary.kwargs["interleaved"])}
+        return self.call(node, standard.rotary_embedding, x, *tables, self.numbers, **turn)
+
+    def _remember(self, node: fx.Node, owner: int, window: int, new: tuple[fx.Node, fx.Node]) -> None:
+        """Write new keys and values into a layer's caches."""
+        pairs = list(zip(self.past[owner], new, strict=True))
+        if self.target == "onnx":
+            key, value = (self.call(node, standard.appended, past, x) for past, x in pairs)
+            self.presents[owner] = self.readable[owner] = (key, value)
+            return
+        if window:
+            made = [self.call(node, standard.slid, past, x) for past, x in pairs]
+        else:
+            made = [self.call(node, standard.placed, past, x, self.starts, self.mask) for past, x in pairs]
+        key, value = made
+        self.presents[owner] = (self.call(node, _item, key, 0), self.call(node, _item, value, 0))
+        self.readable[owner] = (self.call(node, _item, key, 1), self.call(node, _item, value, 1))
+
+    def _bias(
+        self, node: fx.Node, owner: int, rows: int, options: dict[str, Any], arguments: list[Any]
+    ) -> fx.Node | None:
+        """What is added to scores; one node for all layers that see alike, None where causality is all there is."""
+        learned, slopes, table = arguments[6:9]
+        window, sinks = int(options.get("window") or 0), int(options.get("sinks") or 0)
+        plain = self.target == "onnx-static" and not rows and not window
+        if plain and learned is None and slopes is None and table is None:
+            return None
+        key = (rows, window, sinks, slopes, table)
+        if key not in self.biases:
+            like = self.past[owner][0]
+            told = [like, like if rows else None, slopes, table]
+            if self.target == "onnx":
+                made = self.call(node, standard.bias_grown, self.ids, self.mask, *told, window=window, sinks=sinks)
+            else:
+                given = (self.ids, self.mask, self.starts)
+                made = self.call(node, standard.bias_placed, *given, *told, window=window, sinks=sinks)
+            self.biases[key] = made
+        return self.biases[key]
+
     def _attend_sinks(self, node: fx.Node, owner: int, arguments: list[Any], options: dict[str, Any]) -> None:
         """Sinks and a window: no operator has them, so attention is spelled out over a cache of their size."""
         window, sinks = rows_kept(self.plan, owner)
@@ -303,6 +436,7 @@ class _Lowering:
             node, attend_sinks, *arguments[:3], *self.past[owner], self.starts, arguments[6],
             scale=float(options["scale"]), softcap=float(options.get("softcap") or 0.0),
             window=int(options["window"]), sinks=int(options["sinks"]), held=(window, sinks),
+            padded=self.target == "onnx",
         )  # fmt: skip
         if int(str(options["layer"])) == owner:
             self.presents[owner] = (self.call(node, _item, found, 1), self.call(node, _item, found, 2))
@@ -332,6 +466,14 @@ def stored(cache: LayerCache, dtype: torch.dtype) -> tuple[torch.dtype, int]:
     return (torch.int8, cache.key_dim) if cache.format.bits == 8 else (torch.uint8, cache.key_dim // 2)
 
 
+def window_kept(plan: CachePlan, owner: int, positions: int, target: Target) -> int:
+    """The window that an owner's past is bounded by in a target's package, else 0."""
+    if target == "ort":
+        return ring_window(plan, owner, positions)
+    layout = plan.layout(owner)
+    return layout.window if not layout.sinks and 0 < layout.window < positions else 0
+
+
 def rows_kept(plan: CachePlan, owner: int) -> tuple[int, int]:
     """The window and the sinks of a cache that keeps both; (0, 0) for another one."""
     layout = plan.layout(owner)
@@ -352,6 +494,7 @@ def attend_sinks(
     window: int,
     sinks: int,
     held: tuple[int, int],
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over sinks and a window (StreamingLLM, arXiv 2309.17453), and the cache with S new tokens in it."""
     batch, kv_heads, length, dim = k.shape

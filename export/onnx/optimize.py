@@ -6,7 +6,7 @@ node those that onnxruntime-genai's builder writes. The function stays the same 
 order; inputs and outputs keep names, types and shapes. Matrices are never read: what is packed anew is a
 `LazyTensor`, made when the file is written.
 
-Public: `optimize`, and `PASSES` that it runs in this order.
+Public: `optimize`, and `PASSES` that it runs in this order for each target.
 
 Shapes: B batch, S tokens, D channels.
 """
@@ -23,18 +23,22 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.rewriter import pattern
 
+from kvpass.export.onnx.standard import Target
+
 CONTRIB = "com.microsoft"
 _SKIPS = {
     "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
     "LayerNormalization": "SkipLayerNormalization",
 }
+_NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 _SMALL = 64  # shapes, axes and scalars; anything larger is a weight and is not read
 
 
-def optimize(model: ir.Model) -> None:
-    """Rewrite a model in place."""
-    model.opset_imports.setdefault(CONTRIB, 1)
-    for step in PASSES:
+def optimize(model: ir.Model, target: Target = "ort") -> None:
+    """Rewrite a model in place, into operators that a target has."""
+    if target == "ort":
+        model.opset_imports.setdefault(CONTRIB, 1)
+    for step in PASSES[target]:
         step(model)
 
 
@@ -140,9 +144,9 @@ class _Lookup(pattern.RewriteRuleClassBase):
 class _RmsNorm(pattern.RewriteRuleClassBase):
     """w x / sqrt(mean(x^2) + epsilon), computed in float32 where the model is narrower."""
 
-    def __init__(self, weight_first: bool) -> None:
+    def __init__(self, made: str, weight_first: bool) -> None:
         super().__init__(remove_nodes=False)
-        self.weight_first = weight_first
+        self.made, self.weight_first = made, weight_first
 
     def pattern(self, op: Any, x: Any, weight: Any, epsilon: Any) -> Any:
         wide = pattern.OrValue([op.Cast(x, to=ir.DataType.FLOAT), x])
@@ -159,14 +163,18 @@ class _RmsNorm(pattern.RewriteRuleClassBase):
         return result if x.dtype == weight.dtype or casts == [True] else result.fail("no kernel has these types")
 
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, epsilon: ir.Value, **_: Any) -> Any:
-        return op.SimplifiedLayerNormalization(x, weight, axis=-1, epsilon=_scalar(epsilon), stash_type=1)
+        return getattr(op, self.made)(x, weight, axis=-1, epsilon=_scalar(epsilon), stash_type=1)
 
 
 class _NarrowRmsNorm(pattern.RewriteRuleClassBase):
     """A norm with a float32 weight between casts has the weight in the type of the model."""
 
+    def __init__(self, made: str) -> None:
+        super().__init__()
+        self.made = made
+
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
-        norm = op.SimplifiedLayerNormalization(x, weight, _allow_other_attributes=True, _outputs=["norm"])
+        norm = getattr(op, self.made)(x, weight, _allow_other_attributes=True, _outputs=["norm"])
         return op.Cast(norm, _allow_other_attributes=True, _outputs=["narrow"])
 
     def check(self, context: Any, x: ir.Value, narrow: ir.Value, norm: ir.Value, **_: Any) -> Any:
@@ -180,7 +188,7 @@ class _NarrowRmsNorm(pattern.RewriteRuleClassBase):
         cast = op.initializer(ir.tensor(numbers, dtype=x.dtype), name=f"{weight.name}_{x.dtype.short_name()}")
         producer = norm.producer()
         assert producer is not None
-        return op.SimplifiedLayerNormalization(x, cast, **producer.attributes)
+        return getattr(op, self.made)(x, cast, **producer.attributes)
 
 
 class _LayerNorm(_RmsNorm):
@@ -193,7 +201,7 @@ class _LayerNorm(_RmsNorm):
         return op.Mul(*((weight, scaled) if self.weight_first else (scaled, weight)), _outputs=["norm"])
 
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, epsilon: ir.Value, **_: Any) -> Any:
-        return op.LayerNormalization(x, weight, axis=-1, epsilon=_scalar(epsilon), stash_type=1)
+        return getattr(op, self.made)(x, weight, axis=-1, epsilon=_scalar(epsilon), stash_type=1)
 
 
 class _Gelu(pattern.RewriteRuleClassBase):
@@ -214,14 +222,25 @@ class _GeluOfBloom(_Gelu):
         return op.Mul(op.Mul(x, math.sqrt(2 / math.pi)), op.Add(op.Mul(op.Mul(x, 0.044715), x), 1.0))
 
 
-_LOOKUPS = pattern.RewriteRuleSet([_Lookup.rule()])
-_NORMS = pattern.RewriteRuleSet([r.rule(first) for r in (_LayerNorm, _RmsNorm) for first in (False, True)])
-_GELUS = pattern.RewriteRuleSet([_Gelu.rule(), _GeluOfBloom.rule()])
-_NARROW_NORMS = pattern.RewriteRuleSet([_NarrowRmsNorm.rule()])
+def _rules(rms_norm: str) -> list[pattern.RewriteRuleSet]:
+    norms = [rule.rule(made, first) for rule, made in ((_LayerNorm, "LayerNormalization"), (_RmsNorm, rms_norm))
+             for first in (False, True)]  # fmt: skip
+    return [
+        pattern.RewriteRuleSet(rules)
+        for rules in ([_Lookup.rule()], [_Gelu.rule(), _GeluOfBloom.rule()], norms, [_NarrowRmsNorm.rule(rms_norm)])
+    ]
+
+
+_RULES, _STANDARD_RULES = _rules("SimplifiedLayerNormalization"), _rules("RMSNormalization")
 
 
 def _fuse(model: ir.Model) -> None:
-    for rules in (_LOOKUPS, _GELUS, _NORMS, _NARROW_NORMS):
+    for rules in _RULES:
+        rules.apply_to_model(model)
+
+
+def _fuse_standard(model: ir.Model) -> None:
+    for rules in _STANDARD_RULES:
         rules.apply_to_model(model)
 
 
@@ -238,7 +257,7 @@ def _tidy_views(model: ir.Model) -> None:
             _tidy_reshape(model.graph, node)
         elif node.op_type == "Transpose":
             _tidy_transpose(node)
-        elif node.op_type in _SKIPS:
+        elif node.op_type in _NORMS:
             _norm_first(node)
     common.RemoveUnusedNodesPass()(model)
 
@@ -323,7 +342,7 @@ def _norm_first(norm: ir.Node) -> None:
 
 
 _PER_ELEMENT = ("Relu", "Gelu", "Sigmoid", "Tanh", "Erf", "Softplus", "Cast", "Pow", "Add", "Sub", "Mul", "Div")
-_PER_TOKEN = ("LayerNormalization", "SimplifiedLayerNormalization", "MatMul", "Gemm")
+_PER_TOKEN = (*_NORMS, "MatMul", "Gemm")
 
 
 def _keep_batches(model: ir.Model) -> None:
@@ -441,9 +460,12 @@ class _Projection:
 
 def _pack_projections(model: ir.Model) -> None:
     """Queries, keys and values of one layer come from one product; as one operand where nothing lies between."""
-    for layer, node in enumerate(n for n in list(model.graph) if n.op_type == "GroupQueryAttention"):
+    for layer, node in enumerate(n for n in list(model.graph) if n.op_type in ("GroupQueryAttention", "Attention")):
         operands = node.inputs[:3]
         if None in operands:
+            continue
+        if node.op_type == "Attention":  # has no operand that is all three
+            _pack_products(model.graph, layer, [_product(x) for x in operands])
             continue
         found = [p for x in operands if x is not None and (p := _projection(x)) is not None]
         if len(found) == 3 and _same_source(found) and (_is_whole(found) or _is_alone(node, found)):
@@ -589,11 +611,17 @@ def _zeros(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     return _lazy(graph, f"zeros_{width}", (width,), [weight], lambda w: np.zeros(width, w.dtype))
 
 
+_THROUGH = {"RotaryEmbedding": 0, "Slice": 0, "TensorScatter": 1}  # operators of several inputs, of which one goes on
+
+
 def _product(value: ir.Value | None) -> ir.Node | None:
     """The product with a weight that an operand is made of, norms and views between."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "MatMul" and _is_weight(node.inputs[1], 2):
             return node
+        if node.op_type in _THROUGH:
+            value = node.inputs[_THROUGH[node.op_type]]
+            continue
         if sum(x is not None and not x.is_initializer() for x in node.inputs) > 1:
             return None
         value = _parts(node)[0]
@@ -680,6 +708,63 @@ def _summed(graph: ir.Graph, biases: Sequence[ir.Value]) -> ir.Value:
     return _lazy(graph, "_and_".join(str(b.name) for b in biases), shape, biases, lambda *b: sum(b))
 
 
+# --- buffers -------------------------------------------------------------------------------------------------------
+
+
+def _read_in_place(model: ir.Model) -> None:
+    """A step reads a buffer as it lies once more than half of it is in use, and a copy of the rows in use before.
+
+    Attention computes to the end of what it is given, so a prompt always reads the rows in use: they are few beside
+    the products that it takes.
+    """
+    graph = model.graph
+    whole: ir.Value | None = None
+    for node in list(graph):
+        cuts = [cut for x in node.inputs[1:3] if (cut := _made_by(x, "Slice")) is not None]
+        if node.op_type != "Attention" or len(cuts) < 2 or len(node.inputs) < 7:
+            continue
+        whole = whole or _mostly_full(graph, node, cuts[0].inputs[0])
+        own = [ir.node("Slice", list(cut.inputs)) for cut in cuts]
+        branches = {
+            "then_branch": _branch(node, [], [cut.inputs[0] for cut in cuts], "whole"),
+            "else_branch": _branch(node, own, [cut.outputs[0] for cut in own], "part"),
+        }
+        chosen = ir.node("If", [whole], {name: ir.AttrGraph(name, body) for name, body in branches.items()})
+        _insert(node, chosen, node.outputs)
+        ir.convenience.replace_all_uses_with(node.outputs[0], chosen.outputs[0])
+        graph.remove(node, safe=True)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _mostly_full(graph: ir.Graph, before: ir.Node, buffer: ir.Value | None) -> ir.Value:
+    """Whether one token is read, into a buffer [B, H, C, D] of which more than half is in use."""
+    ids, mask = graph.inputs[:2]
+    shapes = [
+        _insert(before, ir.node("Shape", [x], {"start": axis, "end": axis + 1}), ()).outputs[0]
+        for x, axis in ((ids, 1), (mask, 1), (buffer, 2))
+    ]
+    made: dict[str, ir.Value] = {}
+    for name, kind, operands in (
+        ("one", "Equal", lambda: [shapes[0], _integers(graph, "shape", [1])]),
+        ("twice", "Add", lambda: [shapes[1], shapes[1]]),
+        ("full", "Less", lambda: [shapes[2], made["twice"]]),
+        ("whole", "And", lambda: [made["one"], made["full"]]),
+    ):
+        made[name] = _insert(before, ir.node(kind, operands()), ()).outputs[0]
+    return made["whole"]
+
+
+def _branch(attention: ir.Node, before: list[ir.Node], operands: Sequence[ir.Value | None], name: str) -> ir.Graph:
+    """The attention over other keys and values, as the body of a choice."""
+    query, _, _, *others = attention.inputs
+    made = ir.node("Attention", [query, *operands, *others], dict(attention.attributes))
+    old, new = attention.outputs[0], made.outputs[0]
+    new.name, new.type, new.shape = f"{old.name}_{name}", old.type, old.shape
+    for index, node in enumerate(before):
+        node.outputs[0].name = f"{old.name}_{name}_{index}"
+    return ir.Graph([], [new], nodes=[*before, made], name=f"{name}_of_{old.name}")
+
+
 # --- what remains --------------------------------------------------------------------------------------------------
 
 
@@ -696,12 +781,9 @@ def _clean(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-PASSES: tuple[Callable[[ir.Model], None], ...] = (
-    _fuse,
-    _tidy_views,
-    _keep_batches,
-    _tidy_views,
-    _pack_projections,
-    _join_sums,
-    _clean,
-)
+_VIEWS_AND_PRODUCTS = (_tidy_views, _keep_batches, _tidy_views, _pack_projections)
+PASSES: dict[Target, tuple[Callable[[ir.Model], None], ...]] = {
+    "ort": (_fuse, *_VIEWS_AND_PRODUCTS, _join_sums, _clean),
+    "onnx": (_fuse_standard, *_VIEWS_AND_PRODUCTS, _clean),
+    "onnx-static": (_fuse_standard, *_VIEWS_AND_PRODUCTS, _clean, _read_in_place),
+}

@@ -2,7 +2,8 @@
 
 What `export_onnx` wrote is served by onnxruntime-genai too; this is the loop for Python, for the check of an export and
 for benchmarks. One buffer per layer that has keys and values is bound as past and as present, so a step moves nothing
-but its own tokens. Neighbours may rely on rows of different lengths giving what they give alone.
+but its own tokens; for the target `onnx`, presents are longer than pasts, and become the pasts of the next step.
+Neighbours may rely on rows of different lengths giving what they give alone.
 
 Shapes: B batch, S tokens of the longest prompt, V vocabulary.
 """
@@ -22,7 +23,7 @@ from kvpass.errors import RequestError, SourceError
 from kvpass.export.onnx.export import FILE, FORMAT, MARKER
 
 CHUNK = 512  # tokens that one run reads of a prompt; bounds the memory of its logits
-SLACK = 16  # rows behind a window on the CPU, which then moves its rows up once in SLACK + 1 tokens
+SLACK = 16  # rows beside a window, so that rows are moved once in SLACK + 1 tokens
 _KINDS: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -66,10 +67,20 @@ class OnnxModel:
         positions: tokens that a row has at most, generated ones included.
         vocab_size: token ids are below it.
         eos: ids that end a row where `generate` is not told others.
+        target: what the package was exported for.
     """
 
-    def __init__(self, session: Any, layers: Sequence[_Layer], positions: int, vocab_size: int, eos: Sequence[int]):
+    def __init__(
+        self,
+        session: Any,
+        layers: Sequence[_Layer],
+        positions: int,
+        vocab_size: int,
+        eos: Sequence[int],
+        target: str = "ort",
+    ) -> None:
         self.session = session
+        self.target = target
         self.positions = positions
         self.vocab_size = vocab_size
         self.eos = tuple(eos)
@@ -80,6 +91,7 @@ class OnnxModel:
         self._buffers: dict[str, Any] = {}
         self._fresh: dict[str, Any] = {}
         self._held: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._padding: NDArray[np.int64] = np.zeros(0, np.int64)
         self._capacity = 0
 
     @classmethod
@@ -105,7 +117,7 @@ class OnnxModel:
                 _Layer(*(int(e[k]) for k in ("owner", "kv_heads", "head_dim", "window", "sinks", "bits")))
                 for e in marker["layers"]
             ]
-            positions, vocab_size = int(marker["positions"]), int(marker["vocab_size"])
+            positions, vocab_size, target = int(marker["positions"]), int(marker["vocab_size"]), str(marker["target"])
         except (KeyError, TypeError, ValueError) as error:
             raise SourceError(
                 f"the exported folder is damaged: {error!r}", where=str(path / MARKER), fix="export the model again"
@@ -115,11 +127,11 @@ class OnnxModel:
             raise RequestError("caches with sinks are run on a CPU only", fix="leave out providers=")
         eos = marker.get("eos")
         listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        return cls(session, layers, positions, vocab_size, listed)
+        return cls(session, layers, positions, vocab_size, listed, target)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the caches take: those of all tokens that there is room for."""
+        """Bytes that the caches take: those of all tokens that there is room for; of those held where caches grow."""
         buffers = [*self._buffers.values(), *self._fresh.values()]
         return sum(int(np.prod(b.shape())) for b in buffers) * np.dtype(self._kind).itemsize
 
@@ -129,7 +141,8 @@ class OnnxModel:
         """Read prompts into new caches.
 
         Rows are read together where one run holds them all, else one after the other and in parts: the operator reads
-        on behind a cache in one row only, and a window only takes prompts of one length.
+        on behind a cache in one row only, and a window only takes prompts of one length. Where caches grow, rows are
+        padded on the left, and are always read together.
 
         Args:
             ids: [B, S] prompts, padded on the right with anything.
@@ -146,12 +159,25 @@ class OnnxModel:
         batch, longest = tokens.shape
         self._capacity = self.positions if capacity is None else min(max(capacity, longest), self.positions)
         self._allocate(batch)
+        if self.target == "onnx":
+            return self._read_padded(tokens, counts)
         alike = bool((counts == longest).all()) or not any(layer.window for layer in self._layers)
         if longest <= CHUNK and alike:
             logits = self._run(tokens, counts, counts - 1, slice(0, batch))
         else:
             logits = np.concatenate([self._read_alone(tokens, row, int(count)) for row, count in enumerate(counts)])
         self._held = counts
+        return logits
+
+    def _read_padded(self, tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits [B, V] behind prompts, which are moved to the right of their rows and read in parts."""
+        longest = tokens.shape[1]
+        self._padding = longest - counts
+        moved = np.take_along_axis(tokens, (np.arange(longest) - self._padding[:, None]) % longest, axis=1)
+        self._held = counts
+        for begin in range(0, longest, CHUNK):
+            part = moved[:, begin : begin + CHUNK]
+            logits = self._grow(part, begin + part.shape[1])
         return logits
 
     def _read_alone(self, tokens: NDArray[np.int64], row: int, count: int) -> NDArray[np.float32]:
@@ -187,6 +213,8 @@ class OnnxModel:
                 fix=f"call prefill with a larger capacity; the model reads {self.positions} tokens at most",
             )
         self._held = self._held + 1
+        if self.target == "onnx":
+            return self._grow(tokens, int(self._held.max()))
         return self._run(tokens, self._held, np.zeros_like(self._held), slice(0, len(tokens)))
 
     def generate(
@@ -313,16 +341,22 @@ class OnnxModel:
         from onnxruntime import OrtValue
 
         self._held = np.zeros(0, np.int64)
-        slack = SLACK if self._device == "cpu" else 0  # the CUDA kernel takes no more rows than the window
+        # the CUDA kernel takes no more rows than the window; other operators have no use for them
+        slack = SLACK if self._device == "cpu" and self.target == "ort" else 0
         self._buffers.clear()
         self._fresh.clear()
         for layer in self._layers:
-            shape = (batch, layer.kv_heads, layer.rows(self._capacity, slack), layer.width)
+            rows = layer.rows(self._capacity, slack)
+            if self.target == "onnx" and not layer.sinks:
+                rows = 0
+            shape = (batch, layer.kv_heads, rows, layer.width)
             for part in ("key", "value"):
                 name, empty = f"{layer.owner}.{part}", np.zeros(shape, self._kind)
                 self._buffers[name] = OrtValue.ortvalue_from_numpy(empty, self._device, 0)
-                if layer.sinks:
+                if layer.sinks and self.target != "onnx":
                     self._fresh[name] = OrtValue.ortvalue_from_numpy(empty.copy(), self._device, 0)
+        if self.target == "onnx":
+            return
         self._all = slice(0, batch)
         self._binding = self._bound(self._all)
 
@@ -354,6 +388,33 @@ class OnnxModel:
         value = binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
         logits: NDArray[np.float32] = value.numpy()[np.arange(len(tokens)), at].astype(np.float32)
         return logits
+
+    def _grow(self, tokens: NDArray[np.int64], total: int) -> NDArray[np.float32]:
+        """Logits [B, V] behind the last token of each row; of `total` columns, the first are padding."""
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
+        binding.bind_cpu_input("attention_mask", (np.arange(total) >= self._padding[:, None]).astype(np.int64))
+        binding.bind_output("logits")
+        for name, buffer in self._buffers.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+            binding.bind_output(f"present.{name}", self._device)
+        self.session.run_with_iobinding(binding)
+        value, *presents = binding.get_outputs()
+        self._buffers = dict(zip(self._buffers, presents, strict=True))
+        for layer in self._layers:
+            for part in ("key", "value") if layer.window and not layer.sinks else ():
+                self._trim(f"{layer.owner}.{part}", layer.window)
+        logits: NDArray[np.float32] = value.numpy()[:, -1].astype(np.float32)
+        return logits
+
+    def _trim(self, name: str, window: int) -> None:
+        """Keep the last rows of a cache, once there are some more of them than its window: it is a copy."""
+        from onnxruntime import OrtValue
+
+        buffer = self._buffers[name]
+        if buffer.shape()[2] > window + SLACK:
+            kept = np.ascontiguousarray(buffer.numpy()[:, :, -window:])
+            self._buffers[name] = OrtValue.ortvalue_from_numpy(kept, self._device, 0)
 
 
 def _integers(values: ArrayLike, what: str) -> NDArray[np.int64]:

@@ -225,7 +225,7 @@ def _attend_positions(
         if mask is not None:
             part = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
             part = part[..., low:high] if part.shape[-1] != 1 else part
-        seen, bias = _with_tables(seen, part, alibi_slopes, key_pos - query_pos)
+        seen, bias = with_tables(seen, part, alibi_slopes, key_pos - query_pos)
         sinking = None
         if sink_q is not None:
             sinking = Sinking(sink_q[:, :, start:stop], min(sinks, len(key_pos)))
@@ -291,8 +291,8 @@ def attend_parts(
             continue
         part_mask = None
         if mask is not None:
-            part_mask = _columns(mask[..., start:stop, :] if mask.shape[-2] != 1 else mask, key_pos)
-        seen, bias = _with_tables(seen, part_mask, alibi_slopes, key_pos - here)
+            part_mask = columns(mask[..., start:stop, :] if mask.shape[-2] != 1 else mask, key_pos)
+        seen, bias = with_tables(seen, part_mask, alibi_slopes, key_pos - here)
         sinking = None
         if sink_q is not None:
             sinking = Sinking(sink_q[:, :, start:stop], keys.shape[2], (key_pos >= 0) & (key_pos < sinks))
@@ -304,7 +304,7 @@ def attend_parts(
     return _joined(blocks, 2)
 
 
-def _with_tables(
+def with_tables(
     seen: Tensor | None,
     mask: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -357,7 +357,7 @@ def _by_age(parts: list[Part], query_pos: Tensor, key_pos: Tensor, fmt: KVFormat
     return torch.where(closed, key_pos < boundary, key_pos >= boundary)
 
 
-def _columns(mask: Tensor, key_pos: Tensor) -> Tensor:
+def columns(mask: Tensor, key_pos: Tensor) -> Tensor:
     """Columns of a mask [.., S, T'] over positions, at the positions [B or 1, 1, 1, T] of the entries."""
     if mask.shape[-1] == 1:
         return mask

@@ -243,7 +243,7 @@ class Transformed(nn.Module):
         self,
         folder: str | Path,
         *,
-        target: Literal["ort"] = "ort",
+        target: Literal["ort", "onnx", "onnx-static"] = "ort",
         dtype: Literal["fp32", "fp16"] = "fp32",
         positions: int | None = None,
         overwrite: bool = False,

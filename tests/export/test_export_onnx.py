@@ -92,8 +92,8 @@ def test_rope_is_done_by_the_operator_where_it_can_be(llama) -> None:
 
 
 def test_a_graph_with_another_scale_is_noticed(tmp_path: Path, monkeypatch) -> None:
-    def spoiled(program, plan, positions):
-        graph = lower(program, plan, positions)
+    def spoiled(*arguments):
+        graph = lower(*arguments)
         (name,) = (n for n, _ in graph.module.named_buffers() if n.endswith("layers__1__v_scale"))
         setattr(graph.module, name, graph.module.get_buffer(name) * 1.02)
         return graph
@@ -159,8 +159,8 @@ def test_alibi_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_graph_with_another_weight_is_noticed_and_the_layer_named(tmp_path: Path, llama, monkeypatch) -> None:
-    def spoiled(program, plan, positions):
-        graph = lower(program, plan, positions)
+    def spoiled(*arguments):
+        graph = lower(*arguments)
         (name,) = (n for n, _ in graph.module.named_parameters() if n.endswith("layers__1__self_attn__k_proj__weight"))
         weight = graph.module.get_parameter(name)
         weight.data = weight.data * 1.01
