@@ -29,7 +29,6 @@ class _Column:
 
 
 _Angles = list[tuple[_Column, _Column]]  # per pair, of its cosines and its sines
-_OPERANDS: tuple[Literal["q", "k"], ...] = ("q", "k")
 _SEEN = 24  # positions at which columns of tables are held against angles
 _CLOSE = 1e-3
 
@@ -43,18 +42,23 @@ def raise_rotary(program: Program, positions: int) -> dict[int, str]:
     found: dict[fx.Node, fx.Node] = {}
     for site in sites:
         try:
-            for operand in _OPERANDS:
+            for operand in _own(site):
                 if (node := site.bare(operand)) not in found:
                     found[node] = _raised(program, finder, site, operand, positions, made)
         except Refusal as refusal:
             left[site.layer] = str(refusal)
     for site in sites:
-        for operand in _OPERANDS if site.layer not in left else ():
+        for operand in _own(site) if site.layer not in left else ():
             node, given = site.bare(operand), {"q": site.q, "k": site.k}[operand]
             (site.node if node is given else given).replace_input_with(node, found.get(node, node))  # a shared one is
     sweep(program.forward)
     merge_equal(program.forward)
     return left
+
+
+def _own(site: AttentionSite) -> tuple[Literal["q", "k"], ...]:
+    """What a layer turns: not the keys of a layer above it, which turns them."""
+    return ("q",) if site.upward else ("q", "k")
 
 
 def _raised(

@@ -8,6 +8,7 @@ appear. So a folder that is there was compared with the torch program that it ca
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -16,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,15 +25,16 @@ import torch
 
 from kvpass.errors import RequestError, UnsupportedError
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
-from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, rows_kept, stored, window_kept
+from kvpass.export.onnx.lower import OnnxGraph, Reads, check_plan, check_program, lower, rows_kept, stored, window_kept
 from kvpass.export.onnx.standard import OPSETS, Target
+from kvpass.ir.fixpoint import limits
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
 
 MARKER = "kvpass-onnx.json"
-FILE, DATA = "model.onnx", "model.onnx.data"
+FILE, PASS, DATA = "model.onnx", "pass.onnx", "model.onnx.data"
 FORMAT = 1
 POSITIONS = 4096  # of the tables, where the model has more
 _NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
@@ -98,19 +100,24 @@ def export_onnx(
     probe(model.plan, dtype, target)
     clock = _Clock()
     with output_folder(folder, overwrite=overwrite) as partial:
-        with clock("lower"):
-            graph = lower(model.program, model.plan, count, target)
-        with clock("export"):
-            proto = _to_onnx(graph, dtype)
-        with clock("optimize"):
-            from kvpass.export.onnx.optimize import optimize
+        nodes: Counter[str] = Counter()
+        for reads in _graphs(model):
+            with clock("lower"):
+                graph = lower(model.program, model.plan, count, target, reads)
+            with clock("export"):
+                proto = _to_onnx(graph, dtype)
+            with clock("optimize"):
+                from kvpass.export.onnx.optimize import optimize
 
-            optimize(proto, target)
-        nodes = Counter(n.op_type for n in proto.graph)
-        with clock("write"):
-            _write(proto, partial)
-            _describe(model, graph, partial, dtype)
-        del proto
+                optimize(proto, target)
+            nodes = nodes or Counter(n.op_type for n in proto.graph)
+            with clock("write"):
+                if reads == "pass":
+                    _write_beside(proto, partial)
+                else:
+                    _write(proto, partial)
+                    _describe(model, graph, partial, dtype)
+            del proto
         with clock("check"):
             checks = check_written(model, partial, dtype, count, target)
         size = sum(f.stat().st_size for f in partial.iterdir())
@@ -151,7 +158,12 @@ class _Clock:
     def __call__(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - began, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 3)
+
+
+def _graphs(model: Transformed) -> tuple[Reads, ...]:
+    """What the graphs of a package read: where a layer reads one above it, prompts need one of their own."""
+    return ("one", "pass") if model.plan.upward else ("chunks",)
 
 
 def names(owners: tuple[int, ...]) -> tuple[list[str], list[str]]:
@@ -164,8 +176,8 @@ def names(owners: tuple[int, ...]) -> tuple[list[str], list[str]]:
 def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     """The graph as an `onnx_ir.Model`; its weights stay where they are."""
     module = graph.module.half() if dtype == "fp16" else graph.module
-    batch, length, past = 2, 5, 3
-    room = past + length + 1 if graph.target == "onnx-static" else past
+    batch, length, past = 2, 1 if graph.reads == "one" else 5, 0 if graph.reads == "pass" else 3
+    room = past + length + 1 if graph.target == "onnx-static" or graph.reads != "chunks" else past
     caches = [graph.plan[owner] for owner in graph.owners]
     kind = torch.float16 if dtype == "fp16" else torch.float32
     rings = [window_kept(graph.plan, o, graph.positions, graph.target) for o in graph.owners]
@@ -185,10 +197,12 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     dynamic = torch.export.Dim.DYNAMIC
     still = [f > 0 for f in fixed for _ in range(2)]
     pasts = ({0: dynamic} if s else {0: dynamic, 2: dynamic} for s in still)
-    shapes: Any = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, *pasts)
+    new = {0: "batch_size"} if graph.reads == "one" else {0: "batch_size", 1: "sequence_length"}
+    whole = {0: "batch_size", 1: "sequence_length" if graph.reads == "pass" else "total_sequence_length"}
+    shapes: Any = (dict.fromkeys(new, dynamic), dict.fromkeys(whole, dynamic), *pasts)
     named: Any = (
-        {0: "batch_size", 1: "sequence_length"},
-        {0: "batch_size", 1: "total_sequence_length"},
+        new,
+        whole,
         *({0: "batch_size"} if s else {0: "batch_size", 2: n} for n, s in zip(lengths, still, strict=True)),
     )
     inputs, outputs = names(graph.owners)
@@ -227,10 +241,26 @@ def _write(proto: Any, folder: Path) -> None:
     onnx_ir.save(proto, folder / FILE, external_data=DATA)
 
 
+def _write_beside(proto: Any, folder: Path) -> None:
+    """Write a second graph over the weights that the first one has written: equal numbers are on disk once."""
+    import onnx_ir
+
+    def key(tensor: Any) -> tuple[Any, ...]:
+        return tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
+
+    tensors = [v.const_value for v in onnx_ir.load(folder / FILE).graph.initializers.values()]
+    written = {key(t): t for t in tensors if isinstance(t, onnx_ir.ExternalTensor)}
+    for value in proto.graph.initializers.values():
+        value.const_value = written.get(key(value.const_value), value.const_value)
+    onnx_ir.save(proto, folder / PASS)
+
+
 def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) -> None:
     """Write what a runner has to know, and what genai does."""
     facts = model.program.facts
     config = facts.config or {}
+    stop = limits(model.program.forward)
+    above = sorted({c.kv_source for c in graph.plan if c.upward and c.kv_source is not None})
     windows = tuple(window_kept(graph.plan, o, graph.positions, graph.target) for o in graph.owners)
     document = {
         "format": FORMAT,
@@ -238,6 +268,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) ->
         "dtype": dtype,
         "positions": graph.positions,
         "vocab_size": facts.vocab_size,
+        "passes": None if stop is None else {**asdict(stop), "owners": above},
         "eos": config.get("eos_token_id"),
         "layers": [
             {
@@ -266,6 +297,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) ->
             head_dim=caches[0].key_dim,
             windows=windows if graph.target != "onnx" else (),  # it hands on all that a graph returns
             shared=graph.target != "onnx",
+            chunk=1 if graph.reads == "one" else None,
             eos=_ids(config.get("eos_token_id")),
             bos=next(iter(_ids(config.get("bos_token_id"))), None),
             pad=next(iter(_ids(config.get("pad_token_id"))), None),

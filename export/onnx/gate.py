@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,15 +52,19 @@ def check_written(
     """
     import onnx
 
-    from kvpass.export.onnx.export import FILE
+    from kvpass.export.onnx.export import FILE, PASS
 
     path = folder / FILE
     if target == "ort":
         _teach_checker()
-    onnx.checker.check_model(str(path), full_check=target != "ort")  # shapes of foreign operators it cannot infer
-    lint(onnx.load(str(path), load_external_data=False), target)
+    for file in [path, folder / PASS] if model.plan.upward else [path]:
+        onnx.checker.check_model(str(file), full_check=target != "ort")  # shapes of foreign operators it cannot infer
+        lint(onnx.load(str(file), load_external_data=False), target)
     session = _session(path)
-    return [asdict(check) for check in _compare(model, session, dtype, positions, target)]
+    checks = _compare(model, session, dtype, positions, target)
+    if model.plan.upward:
+        checks.append(_compare_passes(model, folder, dtype, positions))
+    return [asdict(check) for check in checks]
 
 
 def _teach_checker() -> None:
@@ -138,8 +143,7 @@ def _compare(model: Transformed, session: Any, dtype: str, positions: int, targe
     prompt = min(prompt, max(2, longest - STEPS))
     length = min(prompt + STEPS, longest)
     ids = torch.randint(0, facts.vocab_size, (2, length), generator=torch.Generator().manual_seed(23))
-    with torch.no_grad():
-        right = model(ids).float().cpu()
+    right = _expected(model, ids)
     run = _Run(model.plan, session, dtype, positions, target, room=length)
     allowed = BOUNDS[dtype] + max(c.format.step for c in model.plan)  # rounding noise may turn a code into the next one
     checks = []
@@ -180,7 +184,7 @@ def _compare(model: Transformed, session: Any, dtype: str, positions: int, targe
     logits, held = run(one[:, first:prompt], held)
     compare("a prompt in two parts", logits, right[:1, first:prompt], held, prompt)
     counts = [prompt, max(1, prompt - 5)]
-    if run.rings and target != "onnx":  # prompts of different lengths are read one at a time where windows wrap
+    if (run.rings or model.plan.upward) and target != "onnx":  # such prompts are read one at a time where windows wrap
         held = _Held.together([run(ids[i : i + 1, :n], None)[1] for i, n in enumerate(counts)])
     else:
         logits, held = run(ids[:, :prompt], None, counts)
@@ -195,6 +199,40 @@ def _compare(model: Transformed, session: Any, dtype: str, positions: int, targe
             None,
         )
     return checks
+
+
+def _expected(model: Transformed, ids: Tensor) -> Tensor:
+    """Logits [B, S, V] by torch; token by token where a layer reads one above it, for whole texts take passes there."""
+    with torch.no_grad():
+        if not model.plan.upward:
+            return model(ids).float().cpu()
+        logits, state = model.prefill(ids[:, :1])
+        rest = [model.decode(ids[:, at : at + 1], state)[:, -1] for at in range(1, ids.shape[1])]
+    return torch.stack([logits, *rest], dim=1).float().cpu()
+
+
+def _compare_passes(model: Transformed, folder: Path, dtype: str, positions: int) -> Check:
+    """A prompt that the runner reads in passes, and steps behind it, against torch."""
+    from kvpass.export.onnx.export import PASS
+    from kvpass.export.onnx.runner import OnnxModel
+
+    facts = model.program.facts
+    longest = min(facts.max_positions or positions, positions)
+    ids = torch.randint(0, facts.vocab_size, (2, min(17, longest)), generator=torch.Generator().manual_seed(29))
+    steps, counts = min(4, longest - 1), torch.tensor([1, 4])
+    lengths = (ids.shape[1] - steps - counts + 1).clamp(min=1)
+    rows = torch.arange(2)
+    logits, state = model.prefill(ids[:, : int(lengths.max())], lengths)
+    right = [logits] + [model.decode(ids[rows, lengths + n].unsqueeze(1), state)[:, -1] for n in range(steps - 1)]
+    runner = OnnxModel.open(folder)
+    found = [runner.prefill(ids[:, : int(lengths.max())].numpy(), lengths.numpy())]
+    found += [runner.decode(ids[rows, lengths + step].unsqueeze(1).numpy()) for step in range(steps - 1)]
+    expected = torch.stack(right).float().cpu()
+    error = (torch.from_numpy(np.stack(found)) - expected).abs().max() / (expected.max() - expected.min())
+    check = Check("prompts in passes", float(error), BOUNDS[dtype])
+    if not check.measured <= check.allowed:
+        raise CheckError(f"{check.name}: logits differ from torch's by {error:.1e} of their spread", where=PASS)
+    return check
 
 
 @dataclass(frozen=True)
@@ -228,10 +266,19 @@ class _Run:
         self.rings = {o: rows for o, w in windows.items() if (rows := w or sum(rows_kept(plan, o)))}
         grown = {o: sum(rows_kept(plan, o)) for o in windows}
         placed = dict.fromkeys(windows, room or positions)
-        self.rows = {"ort": self.rings, "onnx": grown, "onnx-static": placed | self.rings}[target]
+        self.rows = {"ort": placed if plan.upward else self.rings, "onnx": grown, "onnx-static": placed | self.rings}[
+            target
+        ]
 
     def __call__(self, ids: Tensor, held: _Held | None, counts: list[int] | None = None) -> tuple[Tensor, _Held]:
         """Logits [B, S, V] of new tokens; `counts` are the tokens of each row, those before included."""
+        if self.plan.upward and ids.shape[1] > 1:
+            parts = []
+            for at in range(ids.shape[1]):
+                logits, held = self(ids[:, at : at + 1], held)
+                parts.append(logits)
+            assert held is not None
+            return torch.cat(parts, dim=1), held
         before = 0 if held is None else held.tokens
         total = before + int(ids.shape[1])
         lengths = torch.tensor(counts or [total] * len(ids)).view(-1, 1)

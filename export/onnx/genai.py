@@ -35,6 +35,7 @@ class GenaiFacts:
         bos: the id that begins a text, if there is one.
         pad: the id that fills rows, if there is one.
         shared: whether past and present of a cache are one buffer.
+        chunk: tokens of a prompt that the graph reads at a time; None for any number.
     """
 
     context_length: int
@@ -49,6 +50,7 @@ class GenaiFacts:
     bos: int | None = None
     pad: int | None = None
     shared: bool = True
+    chunk: int | None = None
 
 
 def write_genai_config(folder: Path, facts: GenaiFacts, tokenizer_source: str | None = None) -> None:
@@ -115,6 +117,7 @@ def genai_config(facts: GenaiFacts, generation: dict[str, Any] | None = None) ->
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
+            **({} if facts.chunk is None else {"chunk_size": facts.chunk}),
             "past_present_share_buffer": facts.shared,
             "repetition_penalty": generation.get("repetition_penalty") or 1.0,
             "temperature": generation.get("temperature") or 1.0,

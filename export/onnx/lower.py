@@ -10,8 +10,9 @@ Shapes: B batch, S new tokens, P tokens in the cache, H query heads, Hkv KV head
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +27,7 @@ from kvpass.ir.ops import rotary_reference
 from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.ir.program import (
     ATTEND,
+    ATTEND_SHARED,
     ROTARY,
     Program,
     Weight,
@@ -47,6 +49,9 @@ RUNTIMES: dict[Target, str] = {
 }
 
 
+Reads = Literal["chunks", "one", "pass"]
+
+
 @dataclass(frozen=True)
 class OnnxGraph:
     """A program made of what ONNX has.
@@ -58,6 +63,8 @@ class OnnxGraph:
         plan: what they store.
         positions: how many positions its tables have.
         target: whose operators it is made of.
+        reads: the new tokens that it takes: any number ("chunks"); or, where a layer reads one above it, "one" at a
+            time, or a whole prompt again and again, from what the caches hold of the "pass" before.
     """
 
     module: fx.GraphModule
@@ -65,21 +72,25 @@ class OnnxGraph:
     plan: CachePlan
     positions: int
     target: Target = "ort"
+    reads: Reads = "chunks"
 
 
-def lower(program: Program, plan: CachePlan, positions: int, target: Target = "ort") -> OnnxGraph:
+def lower(
+    program: Program, plan: CachePlan, positions: int, target: Target = "ort", reads: Reads = "chunks"
+) -> OnnxGraph:
     """Lower a program for sequences of up to `positions` tokens; see `check_plan` for what is refused."""
     check_plan(plan, target)
+    assert plan.upward == (reads != "chunks")
     folded = fold_weights(program)
     raise_rotary(folded, positions)
     inserted = insert_cache(folded, plan)
     graph = folded.entries["decode"]
     tables = _hold_tables(folded, inserted, graph, positions)
-    _Lowering(folded, plan, graph, tables, positions, target).run()
+    _Lowering(folded, plan, graph, tables, positions, target, reads).run()
     used = sorted({str(n.target) for n in graph.nodes if n.op == "get_attr"})
     tensors = {name: _parameter(folded, name) for name in used}
     module = to_module(folded, "decode", tensors)
-    return OnnxGraph(module, tuple(plan.owners()), plan, positions, target)
+    return OnnxGraph(module, tuple(plan.owners()), plan, positions, target, reads)
 
 
 def check_plan(plan: CachePlan, target: Target = "ort") -> None:
@@ -114,7 +125,7 @@ def check_program(program: Program, target: Target = "ort") -> None:
             has = "positions counted in the cache"
         elif site.optional("alibi_slopes") is not None and (target == "ort" or site.option("sinks")):
             has, fix = "ALiBi" if target == "ort" else "ALiBi and sinks", "choose target onnx, and no sinks"
-        elif site.option("strict"):
+        elif site.option("strict") and not site.upward:
             has = "queries that do not read their own token, and the first one nothing"
         if has:
             words = f"layer {site.layer} cannot be exported for {RUNTIMES[target]}: its attention has {has}"
@@ -134,8 +145,8 @@ def _why_not(cache: LayerCache, target: Target) -> tuple[str, str]:
         return f"a window in 4 bits needs heads of 32 channels, not {cache.key_dim}", "use 8 bits"
     if cache.page:
         return "pages belong to a server", "leave out PageKV"
-    if cache.upward:
-        return "it reads a layer above it", "share layers downward (cla, yoco)"
+    if cache.upward and target != "ort":
+        return "it reads a layer above it", "choose target ort, or share layers downward (cla, yoco)"
     if cache.positions and (target == "ort" or cache.sinks):
         behind = " and it keeps sinks" if target != "ort" else ""
         return f"its mask is a table ({cache.positions}){behind}", "choose target onnx, and no sinks"
@@ -176,8 +187,10 @@ class _Lowering:
         tables: dict[str, fx.Node],
         positions: int,
         target: Target,
+        reads: Reads,
     ) -> None:
         self.program, self.plan, self.graph, self.positions, self.target = program, plan, graph, positions, target
+        self.reads = reads
         self.inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
         self.body = next(n for n in graph.nodes if n.op == "call_function")
         for name, node in tables.items():
@@ -207,6 +220,8 @@ class _Lowering:
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ATTEND:
                 (self._attend if self.target == "ort" else self._attend_standard)(node)
+            elif node.op == "call_function" and node.target is ATTEND_SHARED:
+                self._attend_above(node)
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ROTARY:
                 _spell_out(node)
@@ -240,7 +255,7 @@ class _Lowering:
             self.starts = self.call(body, aten.sub.Tensor, held, length)  # below 0 where a prompt begins with padding
         sunk = any(cache.sinks for cache in self.plan) or self.target == "onnx-static"
         if self.target != "onnx" and (
-            sunk or any(u.op == "call_function" and u.target is not ATTEND for u in starts.users)
+            sunk or any(u.op == "call_function" and u.target not in (ATTEND, ATTEND_SHARED) for u in starts.users)
         ):
             # a prompt begins at 0, however short the row; one more token stands behind those that the row has
             count = self.call(body, aten.scalar_tensor.default, length, dtype=torch.int64)
@@ -272,32 +287,16 @@ class _Lowering:
             (result,) = node.users
             scales = [self._wide_scale(node, x) for x in (k, v)]
             q, k, v = (x.args[0] for x in (q, k, v))
+        attributes = _scoring(cache, options)
         cos: fx.Node | None = None
         sin: fx.Node | None = None
-        interleaved = False
-        if _turned_alike(q, k):
-            tables = [self._table(q.args[i]) for i in (1, 2)]
-            pairs = self.program.weights[str(tables[0].target)].shape[-1]
-            if cache.key_dim % 16 == 0 and pairs % 8 == 0:  # what the operator asks for
-                interleaved = bool(q.kwargs["interleaved"])
-                (cos, sin), q, k = tables, q.args[0], k.args[0]
-        batch = self.call(node, aten.sym_size.int, self.ids, 0)
-        length = self.call(node, aten.sym_size.int, self.ids, 1)
-
-        def packed(x: fx.Node, heads: int, dim: int) -> fx.Node:
-            beside = self.call(node, aten.transpose.int, x, 1, 2)
-            return self.call(node, aten.reshape.default, beside, [batch, length, heads * dim])
-
+        if _turned_alike(q, k) and (turn := self._turn(q, cache.key_dim)):
+            cos, sin, rotary = turn
+            attributes |= rotary
+            q, k = q.args[0], k.args[0]
         dim = cache.key_dim
-        query = packed(q, cache.heads, dim)
+        query = self._packed(node, q)
         past = list(self.past[owner])
-        attributes: dict[str, Any] = {
-            "num_heads": cache.heads,
-            "kv_num_heads": cache.kv_heads,
-            "scale": float(options["scale"]),
-        }
-        if options.get("softcap"):
-            attributes["softcap"] = float(options["softcap"])
         if scales is not None:
             attributes |= dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
             attributes["kv_cache_bit_width"] = cache.format.bits
@@ -306,31 +305,98 @@ class _Lowering:
             attributes |= {"local_window_size": window, "sliding_window_cache": 1}
         elif options.get("window"):
             attributes["local_window_size"] = int(options["window"])
-        if cos is not None:
-            attributes |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
         fresh = bool(window) or owner not in self.presents
         if layer != owner and window:  # readers of a ring need keys too: all write it, and what the last wrote stays
             key, value = self.fresh[owner]
         elif fresh:
-            key, value = packed(k, cache.kv_heads, dim), packed(v, cache.kv_heads, dim)
+            key, value = self._packed(node, k), self._packed(node, v)
             self.fresh[owner] = (key, value)
         else:  # a reader: no keys of its own, the past is what the owner has now
-            none = self.call(node, aten.slice.Tensor, query, 1, 0, 0)
-            key = value = self.call(node, aten.slice.Tensor, none, 2, 0, cache.kv_heads * dim)
+            key = value = self._nothing(node, query, cache)
             past = list(self.presents[owner])
         found = self.call(
             node, group_query_attention,
-            query, key, value, *past, self.seqlens, self.total, cos, sin, arguments[6], scales,
+            query, key, value, *past, self.seqlens, self.total, cos, sin, None, arguments[6], scales,
             attributes=attributes, fresh=fresh, ring=bool(window),
         )  # fmt: skip
         out = self.call(node, _item, found, 0)
         if fresh:
             self.presents[owner] = (self.call(node, _item, found, 1), self.call(node, _item, found, 2))
-        apart = self.call(node, aten.reshape.default, out, [batch, length, cache.heads, dim])
-        result.replace_all_uses_with(self.call(node, aten.transpose.int, apart, 1, 2))
+        result.replace_all_uses_with(self._apart(node, out, cache.heads, dim))
         if result is not node:
             self.graph.erase_node(result)
         self.graph.erase_node(node)
+
+    def _attend_above(self, node: fx.Node) -> None:
+        """Attention over what a layer above holds of the tokens before, which are not the new ones."""
+        arguments: list[Any] = [*node.args, *[None] * 6][:6]
+        cache = self.plan[int(str(node.kwargs["layer"]))]
+        assert cache.kv_source is not None
+        attributes = _scoring(cache, dict(node.kwargs))
+        q, turn = arguments[0], self._turn(arguments[0], cache.key_dim)
+        cos = sin = numbers = None
+        if turn is not None:
+            cos, sin, rotary = turn
+            attributes |= rotary
+            q = q.args[0]
+        query = self._packed(node, q)
+        length = self.call(node, aten.sym_size.int, self.ids, 1)
+        one = self.call(node, aten.sub.Tensor, self.seqlens, 1)
+        if self.reads == "one":
+            seqlens, total = (
+                self.call(node, aten.clamp.default, one, 0),
+                self.call(node, aten.sub.Tensor, self.total, 1),
+            )
+            total = self.call(node, aten.clamp.default, total, 1)
+            if turn is not None:
+                wide = self.call(node, aten._to_copy.default, self.seqlens, dtype=torch.int64)
+                numbers = self.call(node, aten.unsqueeze.default, wide, 1)
+        else:  # the first token has nothing to read; the others see the pass before
+            query = self.call(node, aten.slice.Tensor, query, 1, 1)
+            seqlens, total = one, self.call(node, aten.sub.Tensor, self.total, 1)
+            if turn is not None:
+                count = self.call(node, aten.arange.start, 1, length, device=torch.device("cpu"))
+                batch = self.call(node, aten.sym_size.int, self.ids, 0)
+                rest = self.call(node, operator.sub, length, 1)
+                numbers = self.call(node, aten.expand.default, count, [batch, rest])
+        none = self._nothing(node, query, cache)
+        found = self.call(
+            node, group_query_attention,
+            query, none, none, *self.past[cache.kv_source], seqlens, total, cos, sin, numbers, arguments[3], None,
+            attributes=attributes, fresh=False, ring=False,
+        )  # fmt: skip
+        out = self.call(node, _item, found, 0)
+        if self.reads == "one":
+            there = self.call(node, aten.view.default, self.call(node, aten.gt.Scalar, self.seqlens, 0), [-1, 1, 1])
+            out = self.call(node, aten.where.ScalarOther, there, out, 0.0)
+        else:
+            out = self.call(node, aten.constant_pad_nd.default, out, [0, 0, 1, 0])
+        node.replace_all_uses_with(self._apart(node, out, cache.heads, cache.value_dim))
+        self.graph.erase_node(node)
+
+    def _turn(self, x: Any, dim: int) -> tuple[fx.Node, fx.Node, dict[str, Any]] | None:
+        """Tables of cosines and sines, and attributes, where the operator turns an operand by itself."""
+        if x.target is not ROTARY or dim % 16:
+            return None
+        cos, sin = (self._table(x.args[i]) for i in (1, 2))
+        if self.program.weights[str(cos.target)].shape[-1] % 8:
+            return None
+        return cos, sin, {"do_rotary": 1, "rotary_interleaved": int(bool(x.kwargs["interleaved"]))}
+
+    def _packed(self, node: fx.Node, x: fx.Node) -> fx.Node:
+        """[B, S, heads*D] of [B, heads, S, D]"""
+        return self.call(node, aten.flatten.using_ints, self.call(node, aten.transpose.int, x, 1, 2), 2)
+
+    def _apart(self, node: fx.Node, x: fx.Node, heads: int, dim: int) -> fx.Node:
+        """[B, heads, S, D] of [B, S, heads*D]"""
+        batch, length = (self.call(node, aten.sym_size.int, self.ids, axis) for axis in (0, 1))
+        apart = self.call(node, aten.reshape.default, x, [batch, length, heads, dim])
+        return self.call(node, aten.transpose.int, apart, 1, 2)
+
+    def _nothing(self, node: fx.Node, query: fx.Node, cache: LayerCache) -> fx.Node:
+        """[B, 0, Hkv*D]: the keys of a layer that has none of its own."""
+        none = self.call(node, aten.slice.Tensor, query, 1, 0, 0)
+        return self.call(node, aten.slice.Tensor, none, 2, 0, cache.kv_heads * cache.key_dim)
 
     def _wide_scale(self, before: fx.Node, divided: Any) -> fx.Node:
         """The scale [1, Hkv, 1, D] that keys or values were divided by, as the operator takes it."""
@@ -450,6 +516,12 @@ class _Lowering:
         return tables[0]
 
 
+def _scoring(cache: LayerCache, options: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of the operator that say what a score is."""
+    found: dict[str, Any] = {"num_heads": cache.heads, "kv_num_heads": cache.kv_heads, "scale": float(options["scale"])}
+    return found | ({"softcap": float(options["softcap"])} if options.get("softcap") else {})
+
+
 def ring_window(plan: CachePlan, owner: int, positions: int) -> int:
     """The window alone that an owner's past is bounded by, else 0."""
     window = plan.layout(owner).window
@@ -549,6 +621,7 @@ def group_query_attention(
     total: Tensor,  # int32: tokens of the longest row
     cos: Tensor | None,
     sin: Tensor | None,
+    numbers: Tensor | None,  # [B, S] positions of the queries, where they do not follow from lengths
     sink_logits: Tensor | None,
     scales: list[Tensor] | None,  # [1, Hkv, 1, D] of keys and of values, where the cache holds codes
     *,
@@ -567,7 +640,7 @@ def group_query_attention(
         shapes += [[batch, heads, past if ring else past + key.shape[1], dim]] * 2
         dtypes += [past_key.dtype] * 2
     inputs: list[Tensor | None] = [query, key, value, past_key, past_value, seqlens, total, cos, sin]
-    inputs += [None, None, sink_logits, *(scales or ())]
+    inputs += [numbers, None, sink_logits, *(scales or ())]
     while inputs and inputs[-1] is None:
         inputs.pop()
     return tuple(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvpass.errors import RequestError, SourceError
-from kvpass.export.onnx.export import FILE, FORMAT, MARKER
+from kvpass.export.onnx.export import FILE, FORMAT, MARKER, PASS
 
 CHUNK = 512  # tokens that one run reads of a prompt; bounds the memory of its logits
 SLACK = 16  # rows beside a window, so that rows are moved once in SLACK + 1 tokens
@@ -60,6 +60,20 @@ class _Layer:
         return self.window + (slack if capacity > self.window else 0)
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """How prompts are read where a layer reads one above it: see `kvpass.ir.fixpoint.Limits`.
+
+    `owners` are the layers that are read from below them.
+    """
+
+    session: Any
+    passes: int
+    tolerance: float
+    fallback: bool
+    owners: Sequence[int]
+
+
 class OnnxModel:
     """An exported model and the caches of the rows that it is generating.
 
@@ -93,6 +107,7 @@ class OnnxModel:
         self._held: NDArray[np.int64] = np.zeros(0, np.int64)
         self._padding: NDArray[np.int64] = np.zeros(0, np.int64)
         self._capacity = 0
+        self._passes: _Passes | None = None
 
     @classmethod
     def open(
@@ -127,7 +142,12 @@ class OnnxModel:
             raise RequestError("caches with sinks are run on a CPU only", fix="leave out providers=")
         eos = marker.get("eos")
         listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        return cls(session, layers, positions, vocab_size, listed, target)
+        made = cls(session, layers, positions, vocab_size, listed, target)
+        if marker.get("passes"):
+            made._passes = _Passes(
+                _session(path, list(providers or ["CPUExecutionProvider"]), threads, PASS), **marker["passes"]
+            )
+        return made
 
     @property
     def cache_bytes(self) -> int:
@@ -161,6 +181,10 @@ class OnnxModel:
         self._allocate(batch)
         if self.target == "onnx":
             return self._read_padded(tokens, counts)
+        if self._passes is not None:
+            read = [self._read_in_passes(tokens, row, int(n), self._passes) for row, n in enumerate(counts)]
+            self._held = counts
+            return np.concatenate(read)
         alike = bool((counts == longest).all()) or not any(layer.window for layer in self._layers)
         if longest <= CHUNK and alike:
             logits = self._run(tokens, counts, counts - 1, slice(0, batch))
@@ -186,6 +210,25 @@ class OnnxModel:
             end = min(count, begin + CHUNK)
             part = tokens[row : row + 1, begin:end]
             logits = self._run(part, np.array([end]), np.array([end - begin - 1]), slice(row, row + 1))
+        return logits
+
+    def _read_in_passes(self, tokens: NDArray[np.int64], row: int, count: int, passes: _Passes) -> NDArray[np.float32]:
+        """Logits [1, V] behind one prompt, read until keys and values of layers read from below them stand still."""
+        rows, whole = slice(row, row + 1), tokens[row : row + 1, :count]
+        caches = [self._buffers[f"{owner}.{part}"] for owner in passes.owners for part in ("key", "value")]
+        most = min(passes.passes or count, count) if count > 1 else 0
+        before = [np.float32(0)] * len(caches)
+        for number in range(most):
+            logits = self._run(whole, np.array([count]), np.array([count - 1]), rows, passes.session)
+            now = [cache.numpy()[rows, :, :count].astype(np.float32) for cache in caches]
+            change = max(float(np.abs(a - b).max()) for a, b in zip(now, before, strict=True))
+            before = now
+            if change <= passes.tolerance or number + 1 == count:
+                return logits
+        if most and not passes.fallback:
+            return logits
+        for at in range(count):
+            logits = self._run(whole[:, at : at + 1], np.array([at + 1]), np.array([0]), rows)
         return logits
 
     def decode(self, ids: ArrayLike) -> NDArray[np.float32]:
@@ -358,11 +401,11 @@ class OnnxModel:
         if self.target == "onnx":
             return
         self._all = slice(0, batch)
-        self._binding = self._bound(self._all)
+        self._binding = self._bound(self._all, self.session)
 
-    def _bound(self, rows: slice) -> Any:
+    def _bound(self, rows: slice, session: Any) -> Any:
         """A binding whose pasts and presents are these rows of the caches, where they lie."""
-        binding = self.session.io_binding()
+        binding = session.io_binding()
         for name, buffer in self._buffers.items():
             _, *rest = buffer.shape()
             shape, ahead = (
@@ -375,14 +418,21 @@ class OnnxModel:
         return binding
 
     def _run(
-        self, tokens: NDArray[np.int64], held: NDArray[np.int64], at: NDArray[np.int64], rows: slice
+        self,
+        tokens: NDArray[np.int64],
+        held: NDArray[np.int64],
+        at: NDArray[np.int64],
+        rows: slice,
+        session: Any = None,
     ) -> NDArray[np.float32]:
         """Logits [rows, V] behind token `at` of each row, of tokens that are the last of `held` ones."""
-        binding = self._binding if rows == self._all else self._bound(rows)
+        session = session or self.session
+        bound = rows == self._all and session is self.session
+        binding = self._binding if bound else self._bound(rows, session)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
         binding.bind_cpu_input("attention_mask", (np.arange(held.max()) < held[:, None]).astype(np.int64))
         binding.bind_output("logits")
-        self.session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         for name, fresh in self._fresh.items():
             self._buffers[name].numpy()[rows] = fresh.numpy()[rows]
         value = binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
@@ -472,7 +522,7 @@ def _read_marker(path: Path) -> dict[str, Any]:
     return document
 
 
-def _session(path: Path, providers: list[str], threads: int | None) -> Any:
+def _session(path: Path, providers: list[str], threads: int | None, file: str = FILE) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -490,7 +540,7 @@ def _session(path: Path, providers: list[str], threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path / FILE), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path / file), options, providers=providers)
     except Exception as error:  # the runtime's own errors have no common base
         raise SourceError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {str(error).splitlines()[0]}",

@@ -32,6 +32,7 @@ PLANS = {
     "shared windows": [ShareLayers("cla:2"), SlideWindow(8, 0)],
     "a window in one layer": [SlideWindow((8, 0), (0, 0))],
     "shared layers of fewer heads": [GroupHeads(1, method="first"), ShareLayers("yoco")],
+    "a layer reads one above it": [ShareLayers("1_1", upward=True)],
     "8 bits": [QuantizeKV(8, layout="static")],
     "4 bits": [QuantizeKV(4, layout="static")],
     "8 bits, fewer heads and a window": [GroupHeads(1, method="first"), SlideWindow(8, 0), STATIC],
@@ -62,7 +63,8 @@ def test_a_package_computes_what_torch_computes(tmp_path: Path, family: str, pla
     made = model.export_onnx(tmp_path / "out")
     asked = {c["name"] for c in made.checks}
     assert asked >= {"a prompt", "32 steps", "a prompt in two parts", "a step of rows of two lengths"}
-    assert ("prompts of two lengths" in asked) == (not any(c.window for c in model.plan))
+    assert ("prompts of two lengths" in asked) == (not (model.plan.upward or any(c.window for c in model.plan)))
+    assert ("prompts in passes" in asked) == model.plan.upward
     quantized = any(not c.format.full for c in model.plan)  # a rounding may turn a code into the next one
     assert all(c["measured"] < (2e-3 if quantized else 1e-5) for c in made.checks), made.checks
     assert ("codes of keys and values" in asked) == (quantized and not any(c.window for c in model.plan))
@@ -78,6 +80,21 @@ def test_a_package_computes_what_torch_computes(tmp_path: Path, family: str, pla
     assert heads == {f"past_key_values.{o}.{p}": model.plan[o].kv_heads for o in owners for p in ("key", "value")}
     told = json.loads((tmp_path / "out" / "kvpass-onnx.json").read_text())
     assert [layer["owner"] for layer in told["layers"]] == list(owners)
+
+
+def test_the_graph_of_passes_reads_the_weights_of_the_other(tmp_path: Path) -> None:
+    decoder = wide("llama", num_hidden_layers=4, hidden_size=64, intermediate_size=160)
+    model = kvpass.transform(decoder, [ShareLayers("lckv:2")], progress=False, verify="off")
+    model.export_onnx(tmp_path / "out")
+    data = (tmp_path / "out" / "model.onnx.data").stat().st_size
+    assert (tmp_path / "out" / "pass.onnx").stat().st_size < data / 10
+    proto = onnx.load(tmp_path / "out" / "pass.onnx", load_external_data=False)
+    places = {e.value for i in proto.graph.initializer for e in i.external_data if e.key == "location"}
+    assert places == {"model.onnx.data"}
+    for file in ("model.onnx", "pass.onnx"):
+        nodes = onnx.load(tmp_path / "out" / file, load_external_data=False).graph.node
+        turned = [{a.name: a.i for a in n.attribute}.get("do_rotary") for n in nodes if "GroupQuery" in n.op_type]
+        assert turned == [1] * 4
 
 
 def test_rope_is_done_by_the_operator_where_it_can_be(llama) -> None:
@@ -130,7 +147,6 @@ def test_half_precision(tmp_path: Path, llama) -> None:
         ([SlideWindow(8, 2), QuantizeKV(4, layout="static")], "it keeps sinks"),
         ([SlideWindow(8, 0), QuantizeKV(4, layout="static")], "heads of 32 channels, not 16"),
         ([PageKV()], "pages"),
-        ([ShareLayers("lckv:2")], "layer above"),
         ([EvictKV("snapkv", keep=0.5)], "chosen by rank"),
         ([PrunePyramid(schedule="pyramidinfer", decay=0.8)], "chosen by rank"),
     ],

@@ -19,7 +19,7 @@ from export_models import wide
 from kvpass.errors import RequestError, SourceError
 from kvpass.export.onnx import runner
 from kvpass.export.onnx.runner import OnnxModel
-from kvpass.passes import GroupHeads, ShareLayers, SlideWindow
+from kvpass.passes import GroupHeads, QuantizeKV, ShareLayers, SlideWindow
 
 POSITIONS = 64
 RECIPES = {
@@ -27,7 +27,13 @@ RECIPES = {
     "shared layers": [ShareLayers("cla:2")],
     "fewer heads and a window": [GroupHeads((2, 1), method="first"), SlideWindow((0, 8), (0, 0))],
     "shared windows": [ShareLayers("cla:2"), SlideWindow(8, 0)],
+    "a layer reads one above it": [ShareLayers("1_1", upward=True)],
+    "likewise, in at most two passes": [ShareLayers("1_1", upward=True, passes=2)],
+    "likewise, come what may": [ShareLayers("1_1", upward=True, passes=2, fallback=False)],
+    "8 bits": [QuantizeKV(8, layout="static")],
 }
+EXACT = [name for name in RECIPES if name != "likewise, come what may"]
+TEXT = [torch.randint(0, 97, (8, 128), generator=torch.Generator().manual_seed(1))]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,7 @@ def packages(tmp_path_factory):
 
     @functools.cache
     def make(recipe: str, dtype: str = "fp32"):
-        model = kvpass.transform(wide("llama"), RECIPES[recipe], progress=False, verify="off")
+        model = kvpass.transform(wide("llama"), RECIPES[recipe], calibration=TEXT, progress=False, verify="off")
         folder = tmp_path_factory.mktemp("packages") / "out"
         model.export_onnx(folder, dtype=dtype, positions=POSITIONS)
         return model, folder
@@ -44,7 +50,7 @@ def packages(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module", params=RECIPES, ids=RECIPES)
+@pytest.fixture(scope="module", params=EXACT, ids=EXACT)
 def pair(request, packages):
     model, folder = packages(request.param)
     return model, OnnxModel.open(folder, threads=1)
@@ -67,6 +73,32 @@ def some_ids(rows: int, length: int, seed: int = 3) -> torch.Tensor:
 def torch_logits(model, ids: torch.Tensor) -> np.ndarray:
     with torch.no_grad():
         return model(ids).numpy()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reads"),
+    [("a layer reads one above it", None), (EXACT[5], [12, 12] + [1] * 12), ("likewise, come what may", [12, 12])],
+)
+def test_a_prompt_is_read_in_passes_until_it_stands_still_and_then_token_by_token(packages, recipe, reads) -> None:
+    model, folder = packages(recipe)
+    run, seen = OnnxModel.open(folder, threads=1), []
+    inner = run._run
+
+    def counted(tokens, *rest):
+        seen.append(tokens.shape[1])
+        return inner(tokens, *rest)
+
+    run._run = counted
+    ids = some_ids(1, 12)
+    logits, exact = run.prefill(ids), torch_logits(packages(EXACT[4])[0], ids)[:, -1]
+    if reads is None:
+        assert set(seen) == {12}
+        assert 2 < len(seen) <= 12
+    else:
+        assert seen == reads
+    assert same(logits, exact) == (recipe != "likewise, come what may")
+    with torch.no_grad():
+        assert same(logits, model.prefill(ids)[0].numpy())
 
 
 def same(found: np.ndarray, right: np.ndarray) -> bool:
