@@ -271,7 +271,8 @@ def _first_layer(model: Transformed, held: _Held, ids: Tensor, allowed: float, r
         pairs = zip(held.past[2 * index : 2 * index + 2], state.stores[owner], strict=False)
         for name, (found, expected) in zip(("keys", "values"), pairs, strict=True):
             right = expected[:, :, : ids.shape[1]].float()
-            error = float((found[:, :, : ids.shape[1]].float() - right).abs().max()) / max(float(right.abs().max()), 1e-6)
+            difference = (found[:, :, : ids.shape[1]].float() - right).abs().max()
+            error = float(difference) / max(float(right.abs().max()), 1e-6)
             if not error <= 10 * allowed:
                 return f"the first {name} that differ are those of layer {owner}{previous}"
         previous = f"; those of layer {owner} do not"

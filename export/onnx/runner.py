@@ -378,7 +378,6 @@ class OnnxModel:
         logits: NDArray[np.float32] = value.numpy()[np.arange(len(tokens)), at].astype(np.float32)
         return logits
 
-
     def _grow(self, tokens: NDArray[np.int64], total: int) -> NDArray[np.float32]:
         """Logits [B, V] behind the last token of each row; of `total` columns, the first are padding."""
         binding = self.session.io_binding()

@@ -197,7 +197,9 @@ def attend_over(
         weights = shared_out(scored(q, keys, None, bias, scale, softcap), sink_logits, may_be_empty=False)
         return torch.matmul(weights.to(values.dtype).flatten(2, 3), values).reshape(q.shape)
     attributes: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    inputs = [q, keys, values, bias] if bias is not None else [q, keys, values, None, None, None, held]
+    inputs: list[Tensor | None] = (
+        [q, keys, values, bias] if bias is not None else [q, keys, values, None, None, None, held]
+    )
     attributes["is_causal"] = int(bias is None)
     return _operator("Attention", inputs, attributes, [list(q.shape)], opset)[0]
 

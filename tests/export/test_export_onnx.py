@@ -92,6 +92,8 @@ def test_half_precision(tmp_path: Path, llama) -> None:
         ([ShareLayers("lckv:2")], "layer above"),
         ([EvictKV("snapkv", keep=0.5)], "chosen by rank"),
         ([PrunePyramid(schedule="pyramidinfer", decay=0.8)], "chosen by rank"),
+        ([ShareLayers("cla:2"), SlideWindow((8, 0, 8, 0), (3, 0, 3, 0))], "another layer reads beyond them"),
+        ([ShareLayers("cla:2"), SlideWindow((0, 8, 0, 8), (0, 3, 0, 3))], "another layer reads beyond them"),
     ],
 )
 def test_what_the_target_cannot_express_is_refused_before_anything_is_read(tmp_path: Path, recipe, reason) -> None:
@@ -118,8 +120,8 @@ def test_alibi_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_graph_with_another_weight_is_noticed_and_the_layer_named(tmp_path: Path, llama, monkeypatch) -> None:
-    def spoiled(program, plan, positions):
-        graph = lower(program, plan, positions)
+    def spoiled(program, plan, positions, target):
+        graph = lower(program, plan, positions, target)
         (name,) = (n for n, _ in graph.module.named_parameters() if n.endswith("layers__1__self_attn__k_proj__weight"))
         weight = graph.module.get_parameter(name)
         weight.data = weight.data * 1.01
