@@ -41,7 +41,6 @@ PLANS: dict[str, list[Any]] = {
     "as it is": [],
     "fewer heads": [GroupHeads((2, 1), method="first")],
     "shared layers": [ShareLayers("cla:2")],
-    "a window": [SlideWindow(8, 0)],
     "two windows": [SlideWindow((8, 5), (0, 0))],
     "a window in one layer": [SlideWindow((8, 0), (0, 0))],
     "shared windows": [ShareLayers("cla:2"), SlideWindow(8, 0)],
@@ -53,11 +52,11 @@ PLANS: dict[str, list[Any]] = {
     "shared layers of fewer heads": [GroupHeads(1, method="first"), ShareLayers("yoco")],
 }
 SECOND = {  # beside the model as it is, what a family is exported with
-    "qwen3": ("a window", "onnx"),
+    "qwen3": ("two windows", "onnx"),
     "gemma2": ("shared layers", "onnx"),
     "gpt2": ("shared layers", "onnx-static"),
     "gpt_neox": ("sinks and a window", "onnx"),
-    "phi": ("a window", "onnx-static"),
+    "phi": ("two windows", "onnx-static"),
     "opt": ("a window in one layer", "onnx-static"),
 }
 
@@ -107,7 +106,7 @@ def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield from nodes(attribute.g)
 
 
-@pytest.mark.parametrize(("family", "plan", "target"), list(cases()), ids=", ".join)
+@pytest.mark.parametrize(("family", "plan", "target"), list(cases()))
 def test_a_package_computes_what_torch_computes_in_operators_of_the_standard(packages, family, plan, target) -> None:
     model, folder, made = packages(family, plan, target)
     asked = {c["name"] for c in made["checks"]}
@@ -169,13 +168,13 @@ def test_rows_of_different_lengths_give_what_they_give_alone(pair, monkeypatch, 
     model, run = pair
     monkeypatch.setattr(runner, "CHUNK", chunk)
     lengths = [20, 9, 3, 1]
-    ids = some_ids(4, 60)
+    ids = some_ids(4, 46)
     right = torch_logits(model, ids)
     padded = ids[:, :20].clone()
     padded[np.arange(20) >= np.array(lengths)[:, None]] = -100  # whatever stands there
     found = run.prefill(padded, lengths)
     assert same(found, right[np.arange(4), [n - 1 for n in lengths]])
-    for step in range(40):
+    for step in range(26):
         found = run.decode(torch.stack([ids[row, [n + step]] for row, n in enumerate(lengths)]))
         assert same(found, right[np.arange(4), [n + step for n in lengths]])
 
@@ -297,7 +296,7 @@ FURTHER: dict[str, Any] = {
     "ALiBi in a window": lambda: transformed(build("bloom"), [SlideWindow(8, 0)]),
     "a mask that is a table": lambda: transformed(Biased(lambda i, j: hidden((j <= i) & ((i - j) % 3 == 0)))),
     "a mask per head": lambda: transformed(
-        Biased(lambda i, j: hidden(torch.stack([(j <= i) & (i - j < 2 + h) for h in range(4)])))
+        Biased(lambda i, j: hidden(torch.stack([(j <= i) & (i - j < 2 + h) for h in range(4)])[None]))
     ),
     "a bias that is a table": lambda: transformed(
         Biased(lambda i, j: hidden(j <= i, -0.1 * (i - j).float().sqrt().nan_to_num()))
@@ -308,7 +307,7 @@ FURTHER: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("what", "target"), zip(FURTHER, itertools.cycle(TARGETS), strict=False))
+@pytest.mark.parametrize(("what", "target"), list(zip(FURTHER, itertools.cycle(TARGETS), strict=False)))
 def test_what_group_query_attention_does_not_compute(tmp_path: Path, what: str, target: str) -> None:
     model = FURTHER[what]()
     if "learned" not in what:
@@ -351,16 +350,21 @@ def test_a_plan_that_cannot_be_expressed_is_refused_before_anything_is_read(reci
         check_plan(kvpass.plan(wide("llama", num_hidden_layers=4), recipe), target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_attention_that_cannot_be_expressed_is_refused_before_anything_is_written(tmp_path: Path, target: str) -> None:
-    for model, recipe, reason in (
-        (wide("llama"), [SlideWindow(8, 2, positions="cache")], "positions counted in the cache"),
-        (build("bloom"), [SlideWindow(8, 2)], "ALiBi and sinks"),
-        (Biased(lambda i, j: hidden(j < i).clamp(min=torch.finfo().min)), [], "do not read their own token"),
-        (build("deepseek_v3"), [], "channels and values"),
-    ):
-        with pytest.raises(PlanError, match=reason):
-            transformed(model, recipe).export_onnx(tmp_path / "out", target=target)
+@pytest.mark.parametrize(
+    ("target", "make", "recipe", "reason"),
+    [
+        ("onnx", lambda: wide("llama"), [SlideWindow(8, 2, positions="cache")], "positions counted in the cache"),
+        ("onnx-static", lambda: build("bloom"), [SlideWindow(8, 2)], "ALiBi and sinks"),
+        ("onnx", lambda: Biased(lambda i, j: hidden(j < i)), [], "do not read their own token"),
+        ("onnx-static", lambda: build("deepseek_v3"), [], "channels and values"),
+    ],
+)
+def test_attention_that_cannot_be_expressed_is_refused_before_anything_is_written(
+    tmp_path: Path, target: Any, make: Any, recipe: list[Any], reason: str
+) -> None:
+    model = transformed(make(), recipe)
+    with pytest.raises(PlanError, match=reason):
+        model.export_onnx(tmp_path / "out", target=target)
     assert not any(tmp_path.iterdir())
 
 
