@@ -46,7 +46,7 @@ class Exported:
         folder: where.
         target: the runtime it is for.
         positions: tokens per row that it reads at most.
-        nodes: how many of each operator the graph has.
+        nodes: how many of each operator the graph has, in the bodies of choices too.
         bytes: of all files.
         checks: what was compared, with the largest difference relative to the spread of the logits, and the bound.
         seconds: what each step took.
@@ -106,7 +106,7 @@ def export_onnx(
             from kvpass.export.onnx.optimize import optimize
 
             optimize(proto, target)
-        nodes = Counter(n.op_type for n in proto.graph)
+        nodes = Counter(n.op_type for n in proto.graph.all_nodes())
         with clock("write"):
             _write(proto, partial)
             _describe(model, graph, partial, dtype)

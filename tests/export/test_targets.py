@@ -134,7 +134,7 @@ def test_graphs_are_small(packages) -> None:
     counts = {t: sum(packages("llama", "as it is", t)[2]["nodes"].values()) for t in TARGETS}
     print(counts)
     assert counts["onnx"] <= 57
-    assert counts["onnx-static"] <= 76
+    assert counts["onnx-static"] <= 84
     kinds = packages("llama", "as it is", "onnx")[2]["nodes"]
     assert (kinds["Attention"], kinds["RotaryEmbedding"], kinds["RMSNormalization"]) == (2, 4, 5)
 
