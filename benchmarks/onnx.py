@@ -41,11 +41,14 @@ from benchmarks.scale import peak_memory
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from kvpass.export.onnx.standard import Target
+
 BOOKWORM = Path(__file__).resolve().parent.parent / "examples" / "bookworm"
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnxscript", "onnx")
 CHUNK = 512  # tokens of a prompt that one run reads, as in kvpass's runner
 TOLERANCE = 1e-3  # of the spread of torch's logits: beyond it a graph computes something else
 KVPASS, BUILDER = "kvpass", "onnxruntime-genai builder"
+GROWN, PLACED = f"{KVPASS}, target onnx", f"{KVPASS}, target onnx-static"
 TORCH = {20: "torch.onnx, opset 20", 23: "torch.onnx, opset 23"}
 TRANSFORMERS = "transformers OnnxExporter, fused for ORT"
 AIM_BUILDER, AIM_TORCH = 0.95, 2.0  # speed as a multiple of theirs
@@ -120,6 +123,7 @@ def _arguments() -> argparse.Namespace:
     found.add_argument("--exports", type=int, help="processes per exporter")
     found.add_argument("--loads", type=int, help="times that all packages are loaded")
     found.add_argument("--rounds", type=int, help="timings per runner and load")
+    found.add_argument("--only", action="append", metavar="NAME", help="an exporter of the table; repeatable")
     found.add_argument("--folder", help="where to make the temporary folder")
     found.add_argument("--worker", help=argparse.SUPPRESS)
     found.add_argument("folders", nargs="*", help=argparse.SUPPRESS)
@@ -148,6 +152,8 @@ def exporters() -> dict[str, Exporter]:
 
     return {
         KVPASS: _by_kvpass(lambda window: []),
+        GROWN: _by_kvpass(lambda window: [], "onnx"),
+        PLACED: _by_kvpass(lambda window: [], "onnx-static"),
         f"{KVPASS}, SlideWindow": _by_kvpass(lambda window: [SlideWindow(window, 0)]),
         f"{KVPASS}, ShareLayers(cla:2)": _by_kvpass(lambda window: [ShareLayers("cla:2")]),
         f"{KVPASS}, GroupHeads(2), SlideWindow": _by_kvpass(
@@ -159,12 +165,12 @@ def exporters() -> dict[str, Exporter]:
     }
 
 
-def _by_kvpass(passes: Callable[[int], Sequence[Any]]) -> Exporter:
+def _by_kvpass(passes: Callable[[int], Sequence[Any]], target: Target = "ort") -> Exporter:
     def export(model: Path, output: Path, window: int) -> dict[str, Any]:
         import kvpass
 
         slim = kvpass.transform(str(model), passes(window), verify="off", progress=False, device="cpu")
-        exported = slim.export_onnx(output, positions=FULL.shape["max_position_embeddings"])
+        exported = slim.export_onnx(output, target=target, positions=FULL.shape["max_position_embeddings"])
         return {"stages": exported.seconds, "checks": exported.checks}
 
     return export
@@ -356,7 +362,7 @@ def _open(name: str, folder: Path, head_dim: int, threads: int) -> Runner:
     windows: dict[str, int] | None = None
     if name == BUILDER:
         windows = {}
-    elif name.startswith(KVPASS):
+    elif name.startswith(KVPASS) and name != GROWN:
         layers = json.loads((folder / MARKER).read_text(encoding="utf-8"))["layers"]
         windows = {f"past_key_values.{e['owner']}.{part}": e["window"] for e in layers for part in ("key", "value")}
     return Runner(graphs, head_dim, windows, threads)
@@ -369,7 +375,7 @@ def measure(setting: Setting, folder: Path, arguments: argparse.Namespace) -> di
     """A row of figures for every exporter, and how busy the machine was."""
     busy = {"before exports": _load()}
     model = build(setting, folder / "model")
-    rows: dict[str, dict[str, Any]] = {name: {"runner": name} for name in exporters()}
+    rows: dict[str, dict[str, Any]] = {name: {"runner": name} for name in arguments.only or exporters()}
     outputs = {name: folder / str(index) for index, name in enumerate(rows)}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for _ in range(setting.exports):
@@ -460,7 +466,7 @@ def _checked(name: str, folder: Path, model: Any, setting: Setting, threads: int
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, length + 8)
     rest = ids[length:].tolist()
     found = np.stack([runner.read(ids[:length], len(ids)), *(runner.step(token) for token in rest)])
-    if name.startswith(f"{KVPASS},"):
+    if name.startswith(f"{KVPASS},") and name not in (GROWN, PLACED):
         other = OnnxModel.open(folder)
         right = np.concatenate([other.prefill(ids[None, :length]), *(other.decode([[token]]) for token in rest)])
     else:
@@ -529,8 +535,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"Exports: whole processes, median of {setting['exports']}; in brackets what the check against torch took, "
         f"which others leave out. Speeds: medians of {setting['loads'] * setting['rounds']} rounds of a prompt or of "
         f"{setting['tokens']} tokens, in turn in one process, packages loaded {setting['loads']} times in different "
-        "orders. Graphs of torch.onnx and transformers return longer copies of keys and values, so a step holds them "
-        "twice.",
+        "orders. Graphs of torch.onnx, of transformers and of kvpass's target onnx return longer copies of keys and "
+        "values, so a step holds them twice.",
         "",
     ]
     known = [f"{load:.1f} {part}" for part, load in document["load_average"].items() if load is not None]

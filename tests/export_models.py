@@ -1,9 +1,13 @@
-"""Tiny models whose heads are as wide as ONNX Runtime's operators ask for."""
+"""Tiny models whose heads are as wide as ONNX Runtime's operators ask for, and the greedy text that they write."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
 from torch import nn
 
 from families import build
@@ -23,3 +27,25 @@ WIDE: dict[str, dict[str, Any]] = {
 def wide(name: str, **overrides: Any) -> nn.Module:
     """A tiny model of a family, with heads of 16 channels."""
     return build(name, **{**WIDE[name], **overrides})
+
+
+def greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    """What torch appends to a text."""
+    text = torch.tensor([ids])
+    with torch.no_grad():
+        for _ in range(count):
+            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
+    return text[0, len(ids) :].tolist()
+
+
+def served(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """What onnxruntime-genai appends to texts of one length."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompts[0]) + count, batch_size=len(prompts))
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(prompts, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [generator.get_sequence(row).tolist()[len(prompts[0]) :] for row in range(len(prompts))]

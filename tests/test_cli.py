@@ -761,6 +761,18 @@ def test_an_exported_package_writes_what_the_program_writes(package: tuple[str, 
     assert sampled[0] == sampled[1]
 
 
+@pytest.mark.parametrize("target", ["onnx", "onnx-static"])
+def test_a_package_of_standard_operators_writes_what_the_program_writes(
+    package: tuple[str, str], tmp_path: Path, target: str
+) -> None:
+    made = document("export", package[0], "--target", target, "-o", str(tmp_path / "out"))
+    assert made["target"] == target
+    words = ("--prompt", "ABCDEFGHIJ", "--max-new-tokens", "12")
+    ours, theirs = (document("generate", folder, *words) for folder in (package[0], str(tmp_path / "out")))
+    assert ours["text"] == theirs["text"]
+    assert ours["new_tokens"] == theirs["new_tokens"]
+
+
 def test_an_exported_package_is_not_taken_for_a_model(package: tuple[str, str], tmp_path: Path) -> None:
     for words in (("transform", package[1], "--kv-heads", "1", "-o", str(tmp_path / "x")), ("verify", package[1])):
         done = run(*words)

@@ -48,7 +48,7 @@ class Exported:
         folder: where.
         target: the runtime it is for.
         positions: tokens per row that it reads at most.
-        nodes: how many of each operator the graph has.
+        nodes: how many of each operator the graph has, in the bodies of choices too.
         bytes: of all files.
         checks: what was compared, how large the difference is, the bound, and the unit of both.
         seconds: what each step took.
@@ -110,7 +110,7 @@ def export_onnx(
                 from kvpass.export.onnx.optimize import optimize
 
                 optimize(proto, target)
-            nodes = nodes or Counter(n.op_type for n in proto.graph)
+            nodes = nodes or Counter(n.op_type for n in proto.graph.all_nodes())
             with clock("write"):
                 if reads == "pass":
                     _write_beside(proto, partial)

@@ -95,7 +95,7 @@ def lint(proto: Any, target: Target = "ort") -> None:
         CheckError: an attention with keys of its own lacks an output for them, or a reader has one; or an operator is
             none of the standard where the target has no others.
     """
-    foreign = sorted({n.op_type for n in proto.graph.node if n.domain not in ("", "ai.onnx")})
+    foreign = sorted({n.op_type for n in _nodes(proto.graph) if n.domain not in ("", "ai.onnx")})
     if target != "ort" and foreign:
         raise CheckError(f"the standard has no {', '.join(foreign)}", where="the ONNX graph")
     shapes = {v.name: v for v in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]}
@@ -110,6 +110,14 @@ def lint(proto: Any, target: Target = "ort") -> None:
             raise CheckError(f"{node.name} writes keys and values and does not return both", where="the ONNX graph")
         if not fresh and len(outputs) > 1:
             raise CheckError(f"{node.name} reads another layer's cache and returns one", where="the ONNX graph")
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph, and of the bodies in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)
 
 
 def _empty(value: Any) -> bool:

@@ -147,9 +147,8 @@ def _why_not(cache: LayerCache, target: Target) -> tuple[str, str]:
         return "pages belong to a server", "leave out PageKV"
     if cache.upward and target != "ort":
         return "it reads a layer above it", "choose target ort, or share layers downward (cla, yoco)"
-    if cache.positions and (target == "ort" or cache.sinks):
-        behind = " and it keeps sinks" if target != "ort" else ""
-        return f"its mask is a table ({cache.positions}){behind}", "choose target onnx, and no sinks"
+    if cache.positions and target == "ort":
+        return f"its mask is a table ({cache.positions})", "choose target onnx"
     if cache.key_dim != cache.value_dim:
         return f"keys have {cache.key_dim} channels and values {cache.value_dim}", "choose another runtime"
     if cache.key_dim % 8 and target == "ort":
@@ -245,19 +244,13 @@ class _Lowering:
         self.total = self.call(body, aten.scalar_tensor.default, total, dtype=torch.int32)
         starts = self.inputs["starts"]
         self.starts = starts
-        length = self.call(body, aten.sym_size.int, self.ids, 1)
-        columns = [u for u in starts.users if u.op == "call_function" and u.target is aten.unsqueeze.default]
-        numbers = [u for column in columns for u in column.users]  # of the new tokens, [B, S]
+        numbers = [add for u in starts.users if u.target is aten.unsqueeze.default for add in u.users]  # [B, S]
         if self.target == "onnx":
-            self.numbers = self.call(body, standard.positions_of, self.ids, self.mask)
-            for number in numbers:
-                number.replace_all_uses_with(self.numbers)
-            self.starts = self.call(body, aten.sub.Tensor, held, length)  # below 0 where a prompt begins with padding
-        sunk = any(cache.sinks for cache in self.plan) or self.target == "onnx-static"
-        if self.target != "onnx" and (
-            sunk or any(u.op == "call_function" and u.target not in (ATTEND, ATTEND_SHARED) for u in starts.users)
-        ):
+            self._count_in_mask(numbers, held)
+        sunk = self.target != "onnx" and (self.target == "onnx-static" or any(cache.sinks for cache in self.plan))
+        if sunk or any(u.op == "call_function" and u.target not in (ATTEND, ATTEND_SHARED) for u in starts.users):
             # a prompt begins at 0, however short the row; one more token stands behind those that the row has
+            length = self.call(body, aten.sym_size.int, self.ids, 1)
             count = self.call(body, aten.scalar_tensor.default, length, dtype=torch.int64)
             one = self.call(body, aten.eq.Scalar, count, 1)
             whole = self.call(body, aten.scalar_tensor.default, total, dtype=torch.int64)
@@ -265,12 +258,21 @@ class _Lowering:
             here = self.call(body, aten.where.self, one, self.call(body, aten.sub.Tensor, held, 1), before)
             self.starts = self.call(body, aten._to_copy.default, here, dtype=torch.int64)
             starts.replace_all_uses_with(self.starts)
-        if self.target == "onnx-static":
-            self.numbers = numbers[0] if numbers else self.starts
-            self.held = self.call(body, aten.add.Tensor, self.starts, length)
         base = self.inputs["base"]
         for user in list(base.users):
             user.args = tuple(0 if a is base else a for a in user.args)
+        if self.target == "onnx-static":
+            self.numbers = numbers[0] if numbers else self.starts
+            self.held = self.call(body, aten.add.Tensor, self.starts, self.call(body, aten.sym_size.int, self.ids, 1))
+
+    def _count_in_mask(self, numbers: list[fx.Node], held: fx.Node) -> None:
+        """Where columns may be padding, the mask tells the positions of new tokens."""
+        self.numbers = self.call(self.body, standard.positions_of, self.ids, self.mask)
+        for number in numbers:
+            number.replace_all_uses_with(self.numbers)
+        length = self.call(self.body, aten.sym_size.int, self.ids, 1)
+        self.starts = self.call(self.body, aten.sub.Tensor, held, length)  # below 0 where a prompt begins with padding
+        self.inputs["starts"].replace_all_uses_with(self.starts)
 
     def _attend(self, node: fx.Node) -> None:
         arguments: list[Any] = [*node.args, *[None] * 10][:10]
@@ -428,14 +430,10 @@ class _Lowering:
                 node, standard.attend_appended, *operands, *self.past[owner], bias,
                 heads=cache.heads, kv_heads=cache.kv_heads, **scoring,
             )  # fmt: skip
-            out = self.call(
-                node, aten.reshape.default, self.call(node, _item, made, 0), [batch, length, cache.heads, -1]
-            )
-            out = self.call(node, aten.transpose.int, out, 1, 2)
-            self.presents[owner] = self.readable[owner] = (
-                self.call(node, _item, made, 1),
-                self.call(node, _item, made, 2),
-            )
+            joined, key, value = (self.call(node, _item, made, index) for index in range(3))
+            self.presents[owner] = self.readable[owner] = (key, value)
+            apart = self.call(node, aten.reshape.default, joined, [batch, length, cache.heads, cache.key_dim])
+            out = self.call(node, aten.transpose.int, apart, 1, 2)
         else:
             if layer == owner:
                 self._remember(node, owner, window, (self._turned(node, k, cache.kv_heads), v))
@@ -581,6 +579,8 @@ def attend_sinks(
     options: dict[str, Any] = {"causal": True, "strict": False, "window": window, "sinks": sinks}
     inside = visible(here.view(batch, 1, -1, 1), places, **options)
     seen = places >= 0 if inside is None else inside & (places >= 0)
+    if padded:  # before a text; what it computes is not read, but must be numbers
+        seen = seen | (here.view(batch, 1, -1, 1) < 0)
     if past_key.dtype == torch.int8:
         k, v = (x.round().clamp(-128, 127).to(torch.int8) for x in (k, v))
     keys, values = (torch.cat(pair, dim=2).to(q.dtype) for pair in ((past_key, k), (past_value, v)))

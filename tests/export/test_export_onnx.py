@@ -149,6 +149,8 @@ def test_half_precision(tmp_path: Path, llama) -> None:
         ([PageKV()], "pages"),
         ([EvictKV("snapkv", keep=0.5)], "chosen by rank"),
         ([PrunePyramid(schedule="pyramidinfer", decay=0.8)], "chosen by rank"),
+        ([ShareLayers("cla:2"), SlideWindow((8, 0, 8, 0), (3, 0, 3, 0))], "another layer reads beyond them"),
+        ([ShareLayers("cla:2"), SlideWindow((0, 8, 0, 8), (0, 3, 0, 3))], "another layer reads beyond them"),
     ],
 )
 def test_what_the_target_cannot_express_is_refused_before_anything_is_read(tmp_path: Path, recipe, reason) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import kvpass
-from export_models import wide
+from export_models import greedy, served, wide
 from kvpass.export.onnx.genai import CONFIG, LONGEST, GenaiFacts, genai_config, write_genai_config
 from kvpass.passes import GroupHeads, QuantizeKV, ShareLayers, SlideWindow
 
@@ -45,26 +44,6 @@ def package(model, folder: Path, end: int) -> None:
     config = json.loads((folder / CONFIG).read_text())
     config["model"]["eos_token_id"] = end
     (folder / CONFIG).write_text(json.dumps(config))
-
-
-def greedy(model, ids: list[int], count: int) -> list[int]:
-    text = torch.tensor([ids])
-    with torch.no_grad():
-        for _ in range(count):
-            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
-    return text[0, len(ids) :].tolist()
-
-
-def served(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    model = og.Model(str(folder))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompts[0]) + count, batch_size=len(prompts))
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(prompts, dtype=np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [generator.get_sequence(row).tolist()[len(prompts[0]) :] for row in range(len(prompts))]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
