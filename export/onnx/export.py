@@ -26,6 +26,7 @@ from kvpass.errors import RequestError, UnsupportedError
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
 from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, rows_kept, stored, window_kept
 from kvpass.export.onnx.standard import OPSETS, Target
+from kvpass.export.onnx.weights import attach, halve, write
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
@@ -108,9 +109,9 @@ def export_onnx(
             optimize(proto, target)
         nodes = Counter(n.op_type for n in proto.graph)
         with clock("write"):
-            _write(proto, partial)
+            write(proto, partial / FILE, DATA)
             _describe(model, graph, partial, dtype)
-        del proto
+        del proto, graph
         with clock("check"):
             checks = check_written(model, partial, dtype, count, target)
         size = sum(f.stat().st_size for f in partial.iterdir())
@@ -163,7 +164,8 @@ def names(owners: tuple[int, ...]) -> tuple[list[str], list[str]]:
 
 def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     """The graph as an `onnx_ir.Model`; its weights stay where they are."""
-    module = graph.module.half() if dtype == "fp16" else graph.module
+    if dtype == "fp16":
+        halve(graph.module)
     batch, length, past = 2, 5, 3
     room = past + length + 1 if graph.target == "onnx-static" else past
     caches = [graph.plan[owner] for owner in graph.owners]
@@ -193,13 +195,15 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     )
     inputs, outputs = names(graph.owners)
     with _quiet():
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(graph.module, arguments, dynamic_shapes=shapes, strict=False)
         made = torch.onnx.export(
             program, input_names=inputs, output_names=outputs, opset_version=OPSETS[graph.target], dynamic_shapes=named,
-            dynamo=True, optimize=True, verbose=False,
+            dynamo=True, optimize=False, verbose=False,
         )  # fmt: skip
-    if made is None:
-        raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
+        if made is None:
+            raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
+        attach(made.model, graph.readers)
+        made.optimize()  # folds what is small, and by now can read it
     return made.model
 
 
@@ -219,12 +223,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def _write(proto: Any, folder: Path) -> None:
-    import onnx_ir
-
-    onnx_ir.save(proto, folder / FILE, external_data=DATA)
 
 
 def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) -> None:

@@ -7,6 +7,9 @@ steps behind it, a prompt in two parts, and rows of different lengths.
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +21,10 @@ from torch import Tensor
 from kvpass.errors import CheckError, UnsupportedError
 from kvpass.export.onnx.lower import rows_kept, stored, window_kept
 from kvpass.export.onnx.standard import Target
+from kvpass.ir.fixpoint import logits_of
+from kvpass.ir.fold import fold_weights, read_late
 from kvpass.ir.plan import CachePlan
+from kvpass.ir.program import placeholder
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
@@ -58,8 +64,11 @@ def check_written(
         _teach_checker()
     onnx.checker.check_model(str(path), full_check=target != "ort")  # shapes of foreign operators it cannot infer
     lint(onnx.load(str(path), load_external_data=False), target)
+    _give_back()
+    expected = _reference(model, positions)
+    _give_back()
     session = _session(path)
-    return [asdict(check) for check in _compare(model, session, dtype, positions, target)]
+    return [asdict(check) for check in _compare(model, expected, session, dtype, positions, target)]
 
 
 def _teach_checker() -> None:
@@ -119,6 +128,9 @@ def _session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # weights stay where they are, as pages of the file: packed copies of them pay in a session that lives longer
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -129,8 +141,17 @@ def _session(path: Path) -> Any:
         ) from error
 
 
-def _compare(model: Transformed, session: Any, dtype: str, positions: int, target: Target) -> list[Check]:
-    """Everything that is compared."""
+@dataclass(frozen=True)
+class _Expected:
+    """What torch says of two rows of tokens [2, S], of which the first `prompt` are read at once."""
+
+    ids: Tensor
+    logits: Tensor  # [2, S, V], float32
+    prompt: int
+
+
+def _reference(model: Transformed, positions: int) -> _Expected:
+    """Run the program as it is, reading one weight after the other, so that none is left when the session comes."""
     facts = model.program.facts
     longest = min(facts.max_positions or positions, positions)
     reach = max((c.window + c.sinks for c in model.plan if c.window), default=0)
@@ -138,8 +159,32 @@ def _compare(model: Transformed, session: Any, dtype: str, positions: int, targe
     prompt = min(prompt, max(2, longest - STEPS))
     length = min(prompt + STEPS, longest)
     ids = torch.randint(0, facts.vocab_size, (2, length), generator=torch.Generator().manual_seed(23))
+    program = fold_weights(model.program)
+    read_late(program.forward)
+    given = {placeholder(program.forward, "input_ids"): ids.to(model.device)}
+
+    def weight(name: str) -> Tensor:
+        return program.read(name).to(model.device)
+
     with torch.no_grad():
-        right = model(ids).float().cpu()
+        logits = logits_of(program.forward, given, weight, model.device)
+    return _Expected(ids, logits.float().cpu(), prompt)
+
+
+def _give_back() -> None:
+    """Hand memory that is free back to the system: glibc keeps what tensors of some megabytes leave behind."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _compare(
+    model: Transformed, expected: _Expected, session: Any, dtype: str, positions: int, target: Target
+) -> list[Check]:
+    """Everything that is compared."""
+    ids, right, prompt = expected.ids, expected.logits, expected.prompt
+    length = int(ids.shape[1])
     run = _Run(model.plan, session, dtype, positions, target, room=length)
     allowed = BOUNDS[dtype] + max(c.format.step for c in model.plan)  # rounding noise may turn a code into the next one
     checks = []

@@ -66,6 +66,10 @@ class Transformed(nn.Module):
             self._executor.append(Executor(self.program, self.plan, self.device, self.backend))
         return self._executor[0]
 
+    def release(self) -> None:
+        """Let go of the weights that were read to run it; the next run reads them again."""
+        self._executor.clear()
+
     @property
     def lowering(self) -> str:
         """What computes the attention of every layer, in every entry, and why where kernels do not: a table."""

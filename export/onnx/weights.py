@@ -1,0 +1,102 @@
+"""Weights that are read when they are written: an export never holds more of them than are packed into one.
+
+torch's exporters want a module with parameters, and need no number of them. So matrices are fake tensors while a graph
+is made: they have a shape and a dtype, and whoever asks for their numbers gets an error, not zeros. Once the graph is
+there, each becomes a `LazyTensor` that reads the program's weight. What the passes of `optimize` pack is lazy too.
+
+Public: `stand_in` and `halve` before a graph is made, `attach` after it, `write` at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from kvpass.ir.program import Weight
+
+Reader = Callable[[], Tensor]
+
+
+def is_matrix(weight: Weight) -> bool:
+    """Whether a weight is large enough to wait: exporters read vectors and scalars, to fold and to compare them."""
+    return not weight.constant and len(weight.shape) > 1
+
+
+def fake_mode() -> FakeTensorMode:
+    """What all stand-ins of one module are made in."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def stand_in(weight: Weight, mode: FakeTensorMode) -> nn.Parameter:
+    """A parameter of a weight's shape and dtype that has no numbers."""
+    with mode:
+        return nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=False)
+
+
+def halve(module: nn.Module) -> None:
+    """Make the floats of a module with flat names float16; `module.half()` takes no stand-ins."""
+    for name, parameter in list(module.named_parameters()):
+        setattr(module, name, nn.Parameter(parameter.half(), requires_grad=False))
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_floating_point():
+            setattr(module, name, buffer.half())
+
+
+def attach(model: Any, readers: Mapping[str, Reader]) -> None:
+    """Give the initializers of an `onnx_ir.Model` that stand for weights what reads them, in the type they have.
+
+    A transpose of a weight that nothing else reads becomes part of reading it: exporters would compute it now.
+
+    Args:
+        model: changed in place.
+        readers: by the name of the initializer; those that the graph does not have are left out.
+    """
+    import onnx_ir
+
+    graph = model.graph
+    for name in [n for n in readers if n in graph.initializers]:
+        value, read = graph.initializers[name], readers[name]
+        value.const_value = _lazy(value, read)
+        uses = value.uses()
+        node = uses[0].node if len(uses) == 1 else None
+        if node is None or node.op_type != "Transpose" or value.is_graph_output():
+            continue
+        order = node.attributes["perm"].as_ints()
+        shape = onnx_ir.Shape([value.shape[axis] for axis in order])
+        made = onnx_ir.Value(name=f"{name}_t", shape=shape, type=onnx_ir.TensorType(value.dtype))
+        made.const_value = _lazy(made, functools.partial(_permuted, read, order))
+        graph.register_initializer(made)
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], made)
+        graph.remove(node, safe=True)
+        graph.initializers.pop(name)
+
+
+def _permuted(read: Reader, order: Sequence[int]) -> Tensor:
+    return read().permute(*order)
+
+
+def _lazy(value: Any, read: Reader) -> Any:
+    """An `onnx_ir.LazyTensor` that reads a weight every time it is asked, in the value's type."""
+    import onnx_ir
+
+    kind = value.dtype
+    dtype = getattr(torch, str(kind.numpy()))
+
+    def numbers() -> Any:
+        return onnx_ir.Tensor(read().detach().cpu().to(dtype).contiguous().numpy(), dtype=kind)
+
+    return onnx_ir.LazyTensor(numbers, dtype=kind, shape=value.shape, name=value.name)
+
+
+def write(model: Any, path: Path, data: str) -> None:
+    """Write a model with its weights in a file beside it, one at a time in the order of the graph."""
+    import onnx_ir
+
+    onnx_ir.save(model, path, external_data=data, max_workers=1)
