@@ -28,7 +28,7 @@ from benchmarks.scale import write_random
 
 AIM = 1.3  # resident memory of an export over the size of the model in the package's dtype
 PERIOD = 0.005  # seconds between two looks at a process
-STAGES = ("lower", "export", "optimize", "write", "check")
+STAGES = ("lower", "export", "optimize", "quantize", "write", "check")
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -72,7 +72,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     found = parser("Memory and time of ONNX exports.")
     found.add_argument("--gigabytes", type=float, default=2.2, help="of the float32 checkpoint")
-    found.add_argument("--dtypes", nargs="+", default=["fp32", "fp16"], choices=("fp32", "fp16"))
+    found.add_argument("--dtypes", nargs="+", default=["fp32", "fp16", "int4"], choices=("fp32", "fp16", "int4"))
     found.add_argument("--passes", action="store_true", help="export with GroupHeads too")
     found.add_argument("--show", nargs="?", const="", metavar="FILE", help="print figures as Markdown; measure nothing")
     found.add_argument("--folder", help="where to make the temporary folder")
@@ -141,9 +141,12 @@ def _work(name: str, source: str, target: str, passes: str = "none") -> int:
 
         import kvpass.export.onnx.optimize
     else:
-        made = slim.export_onnx(target, dtype=name)
+        if name == "int4":
+            made = slim.export_onnx(target, weights="int4")
+        else:
+            made = slim.export_onnx(target, dtype="fp16" if name == "fp16" else "fp32")
         end = time.monotonic()
-        for stage in reversed(STAGES):
+        for stage in reversed([s for s in STAGES if s in made.seconds]):
             spans[stage] = (end - made.seconds[stage], end)
             end -= made.seconds[stage]
         found |= {"bytes": made.bytes, "checks": made.checks}
@@ -179,12 +182,9 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def _row(stage: str, runs: Sequence[dict[str, Any]]) -> str:
-    cells = [r["stages"][stage] for r in runs]
-    return (
-        f"| {stage} | "
-        + " | ".join(f"{c['seconds']:.1f}, {_gb(c['peak'])}, {_gb(c['anonymous'])}" for c in cells)
-        + " |"
-    )
+    found = [r["stages"].get(stage) for r in runs]
+    cells = [f"{c['seconds']:.1f}, {_gb(c['peak'])}, {_gb(c['anonymous'])}" if c else "-" for c in found]
+    return f"| {stage} | " + " | ".join(cells) + " |"
 
 
 def _gb(size: float) -> str:

@@ -26,12 +26,13 @@ from kvpass.errors import RequestError, UnsupportedError
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
 from kvpass.export.onnx.lower import OnnxGraph, check_plan, check_program, lower, rows_kept, stored, window_kept
 from kvpass.export.onnx.standard import OPSETS, Target
-from kvpass.export.onnx.weights import attach, halve, write
+from kvpass.export.onnx.weights import attached, halve, write
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
 
+Weights = Literal["int4"]
 MARKER = "kvpass-onnx.json"
 FILE, DATA = "model.onnx", "model.onnx.data"
 FORMAT = 1
@@ -68,6 +69,7 @@ def export_onnx(
     *,
     target: Target = "ort",
     dtype: Literal["fp32", "fp16"] = "fp32",
+    weights: Weights | None = None,
     positions: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -79,6 +81,7 @@ def export_onnx(
         target: "ort", operators of ONNX Runtime (GroupQueryAttention); "onnx", operators of the standard alone (opset
             23), whose caches grow; "onnx-static", likewise (opset 24), whose caches are written in place.
         dtype: of weights, caches and arithmetic.
+        weights: "int4" for matrices of 4 bits, in blocks of 32 that share a scale; as `dtype` says where None.
         positions: tokens per row that the package reads at most; the model's own number, 4096 at most, where None.
         overwrite: replace a folder that is there.
 
@@ -90,6 +93,10 @@ def export_onnx(
     """
     if target not in OPSETS:
         raise RequestError(f"there is no target {target!r}", fix=f"choose one of {', '.join(OPSETS)}")
+    if weights not in (None, "int4"):
+        raise RequestError(f"there are no weights {weights!r}", fix="choose 'int4', or leave it out")
+    if weights and target != "ort":
+        raise RequestError("the standard has no product with weights of 4 bits", fix="choose target='ort'")
     check_plan(model.plan, target)
     check_program(model.program, target)
     require(*_NEEDED)
@@ -107,13 +114,20 @@ def export_onnx(
             from kvpass.export.onnx.optimize import optimize
 
             optimize(proto, target)
+        original = None
+        if weights == "int4":
+            from kvpass.export.onnx.quantize import quantize, rounded
+
+            with clock("quantize"):
+                quantize(proto)
+            original, model = model, model.with_program(rounded(model.program, dtype))
         nodes = Counter(n.op_type for n in proto.graph)
         with clock("write"):
             write(proto, partial / FILE, DATA)
-            _describe(model, graph, partial, dtype)
+            _describe(model, graph, partial, dtype, weights)
         del proto, graph
         with clock("check"):
-            checks = check_written(model, partial, dtype, count, target)
+            checks = check_written(model, partial, dtype, count, target, original)
         size = sum(f.stat().st_size for f in partial.iterdir())
     ordered = dict(sorted(nodes.items(), key=lambda item: (-item[1], item[0])))
     return Exported(str(folder), target, count, ordered, size, checks, clock.seconds)
@@ -202,30 +216,32 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
         )  # fmt: skip
         if made is None:
             raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
-        attach(made.model, graph.readers)
-        made.optimize()  # folds what is small, and by now can read it
+        with attached(made.model, graph.readers):
+            made.optimize()
     return made.model
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What exporters print and warn of is not for users; errors are raised."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
-def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) -> None:
+def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str, weights: str | None) -> None:
     """Write what a runner has to know, and what genai does."""
     facts = model.program.facts
     config = facts.config or {}
@@ -234,6 +250,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) ->
         "format": FORMAT,
         "target": graph.target,
         "dtype": dtype,
+        "weights": weights or dtype,
         "positions": graph.positions,
         "vocab_size": facts.vocab_size,
         "eos": config.get("eos_token_id"),

@@ -4,13 +4,14 @@ torch's exporters want a module with parameters, and need no number of them. So 
 is made: they have a shape and a dtype, and whoever asks for their numbers gets an error, not zeros. Once the graph is
 there, each becomes a `LazyTensor` that reads the program's weight. What the passes of `optimize` pack is lazy too.
 
-Public: `stand_in` and `halve` before a graph is made, `attach` after it, `write` at the end.
+Public: `stand_in` and `halve` before a graph is made, `attached` after it, `write` at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def halve(module: nn.Module) -> None:
             setattr(module, name, buffer.half())
 
 
-def attach(model: Any, readers: Mapping[str, Reader]) -> None:
+@contextlib.contextmanager
+def attached(model: Any, readers: Mapping[str, Reader]) -> Iterator[None]:
     """Give the initializers of an `onnx_ir.Model` that stand for weights what reads them, in the type they have.
 
-    A transpose of a weight that nothing else reads becomes part of reading it: exporters would compute it now.
+    Within the block they have no value at all, so that optimizers leave them alone, tiny ones too. A transpose of a
+    weight that nothing else reads becomes part of reading it.
 
     Args:
         model: changed in place.
@@ -61,21 +64,25 @@ def attach(model: Any, readers: Mapping[str, Reader]) -> None:
     import onnx_ir
 
     graph = model.graph
+    waiting = []
     for name in [n for n in readers if n in graph.initializers]:
         value, read = graph.initializers[name], readers[name]
-        value.const_value = _lazy(value, read)
         uses = value.uses()
         node = uses[0].node if len(uses) == 1 else None
-        if node is None or node.op_type != "Transpose" or value.is_graph_output():
-            continue
-        order = node.attributes["perm"].as_ints()
-        shape = onnx_ir.Shape([value.shape[axis] for axis in order])
-        made = onnx_ir.Value(name=f"{name}_t", shape=shape, type=onnx_ir.TensorType(value.dtype))
-        made.const_value = _lazy(made, functools.partial(_permuted, read, order))
-        graph.register_initializer(made)
-        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], made)
-        graph.remove(node, safe=True)
-        graph.initializers.pop(name)
+        if node is not None and node.op_type == "Transpose" and not value.is_graph_output():
+            order = node.attributes["perm"].as_ints()
+            read = functools.partial(_permuted, read, order)
+            shape = onnx_ir.Shape([value.shape[axis] for axis in order])
+            value = onnx_ir.Value(name=f"{name}_t", shape=shape, type=onnx_ir.TensorType(value.dtype))
+            graph.initializers.add(value)
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            graph.remove(node, safe=True)
+            graph.initializers.pop(name)
+        value.const_value = None
+        waiting.append((value, read))
+    yield
+    for value, read in waiting:
+        value.const_value = _lazy(value, read)
 
 
 def _permuted(read: Reader, order: Sequence[int]) -> Tensor:
