@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import resource
 import shutil
@@ -262,30 +263,51 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _make(folder: Path, size: float) -> None:
-    """A random Llama of about so many bytes, written tensor by tensor."""
+    """A random Llama of about so many bytes."""
+    write_random(folder, size, LLAMA_7B)
+
+
+def write_random(folder: Path, size: float, config: dict[str, Any]) -> int:
+    """A random Llama of about so many bytes, as deep as that takes, written tensor by tensor; how many layers it has.
+
+    Args:
+        folder: to be made.
+        size: bytes.
+        config: of the model, its number of layers aside; its `dtype` is that of the tensors.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvpass.ir.storage import StreamWriter
 
-    hidden, wide, vocab = LLAMA_7B["hidden_size"], LLAMA_7B["intermediate_size"], LLAMA_7B["vocab_size"]
-    per_layer = 2 * (4 * hidden * hidden + 3 * hidden * wide)
-    layers = max(1, round((size - 4 * vocab * hidden) / per_layer))
-    values = LLAMA_7B | {"num_hidden_layers": layers}
+    dtype = getattr(torch, config["dtype"])
+
+    def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": layers}))
+        return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+    def numbers(layers: int) -> int:
+        return sum(math.prod(shape) for shape in shapes(layers).values())
+
+    one = numbers(1)
+    per_layer = numbers(2) - one
+    layers = max(1, round((size / dtype.itemsize - one + per_layer) / per_layer))
     folder.mkdir()
+    values = config | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(LlamaConfig(**values)).named_parameters()}
     torch.manual_seed(0)
     with StreamWriter(folder, max_shard_bytes=SHARD) as writer:
-        writer.plan([(n, s, torch.bfloat16) for n, s in shapes.items()])
-        for name, shape in shapes.items():
+        planned = shapes(layers)
+        writer.plan([(n, s, dtype) for n, s in planned.items()])
+        for name, shape in planned.items():
             if len(shape) == 1:
-                tensor = torch.ones(shape, dtype=torch.bfloat16)
+                tensor = torch.ones(shape, dtype=dtype)
             else:
-                tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+                tensor = torch.empty(shape, dtype=dtype).normal_(std=0.02)
             writer.write(name, tensor)
             gc.collect()
+    return layers
 
 
 def peak_memory() -> int:

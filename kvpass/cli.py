@@ -138,6 +138,12 @@ class OnnxTarget(StrEnum):
     onnx_static = "onnx-static"
 
 
+class OnnxWeights(StrEnum):
+    """What the matrices of an ONNX package are, if not of its dtype."""
+
+    int4 = "int4"
+
+
 class OnnxDtype(StrEnum):
     """What an ONNX package computes in."""
 
@@ -826,6 +832,9 @@ def export(
         ),
     ] = OnnxTarget.ort,
     dtype: Annotated[OnnxDtype, typer.Option("--dtype", help="Of weights, caches and arithmetic.")] = OnnxDtype.fp32,
+    weights: Annotated[
+        OnnxWeights | None, typer.Option("--weights", help="int4: matrices of 4 bits, 32 to a scale.")
+    ] = None,
     positions: Annotated[
         int | None, typer.Option("--positions", min=1, help="Tokens per row at most.  [default: the model's, 4096]")
     ] = None,
@@ -852,19 +861,25 @@ def export(
 
         options: dict[str, Any] = {"calibration": calibration, "device": "cpu", "seed": seed}
         slim = kvpass.transform(source, chosen, **options)
+        slim.release()  # what checks ran with; the export reads one weight after the other
         with _hushed():
             made = slim.export_onnx(
-                output, target=target.value, dtype=dtype.value, positions=positions, overwrite=overwrite
+                output,
+                target=target.value,
+                dtype=dtype.value,
+                weights="int4" if weights is OnnxWeights.int4 else None,
+                positions=positions,
+                overwrite=overwrite,
             )
         out.document = {"model": model, **asdict(made)}
         if as_json:
             return
         for check in made.checks:
-            typer.echo(
-                f"{check['name']}: off by {check['measured']:.1e} {check['unit']} ({check['allowed']:.0e} allowed)"
-            )
+            bound = "not checked" if check["allowed"] is None else f"{check['allowed']:.0e} allowed"
+            typer.echo(f"{check['name']}: off by {check['measured']:.1e} {check['unit']} ({bound})")
         count = sum(made.nodes.values())
-        typer.echo(f"saved {output} ({target.value}, {dtype.value}, {count} nodes, {_size(made.bytes)})")
+        kind = dtype.value if weights is None else f"{dtype.value}, weights {weights.value}"
+        typer.echo(f"saved {output} ({target.value}, {kind}, {count} nodes, {_size(made.bytes)})")
 
 
 def _write(slim: Transformed, output: Path, save: Save, overwrite: bool) -> None:

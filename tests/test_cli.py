@@ -773,6 +773,15 @@ def test_a_package_of_standard_operators_writes_what_the_program_writes(
     assert ours["new_tokens"] == theirs["new_tokens"]
 
 
+def test_an_export_with_weights_of_4_bits_tells_what_they_cost(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path / "model")
+    done = run("export", str(tmp_path / "model"), "--weights", "int4", "-o", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert "weights of 4 bits, against full ones: off by" in done.output
+    assert "(not checked)" in done.output
+    assert "fp32, weights int4" in done.output
+
+
 def test_an_exported_package_is_not_taken_for_a_model(package: tuple[str, str], tmp_path: Path) -> None:
     for words in (("transform", package[1], "--kv-heads", "1", "-o", str(tmp_path / "x")), ("verify", package[1])):
         done = run(*words)

@@ -8,7 +8,6 @@ appear. So a folder that is there was compared with the torch program that it ca
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
@@ -27,12 +26,14 @@ from kvpass.errors import RequestError, UnsupportedError
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
 from kvpass.export.onnx.lower import OnnxGraph, Reads, check_plan, check_program, lower, rows_kept, stored, window_kept
 from kvpass.export.onnx.standard import OPSETS, Target
+from kvpass.export.onnx.weights import attached, halve, write, write_beside
 from kvpass.ir.fixpoint import limits
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
 
+Weights = Literal["int4"]
 MARKER = "kvpass-onnx.json"
 FILE, PASS, DATA = "model.onnx", "pass.onnx", "model.onnx.data"
 FORMAT = 1
@@ -69,6 +70,7 @@ def export_onnx(
     *,
     target: Target = "ort",
     dtype: Literal["fp32", "fp16"] = "fp32",
+    weights: Weights | None = None,
     positions: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -80,6 +82,7 @@ def export_onnx(
         target: "ort", operators of ONNX Runtime (GroupQueryAttention); "onnx", operators of the standard alone (opset
             23), whose caches grow; "onnx-static", likewise (opset 24), whose caches are written in place.
         dtype: of weights, caches and arithmetic.
+        weights: "int4" for matrices of 4 bits, in blocks of 32 that share a scale; as `dtype` says where None.
         positions: tokens per row that the package reads at most; the model's own number, 4096 at most, where None.
         overwrite: replace a folder that is there.
 
@@ -91,6 +94,10 @@ def export_onnx(
     """
     if target not in OPSETS:
         raise RequestError(f"there is no target {target!r}", fix=f"choose one of {', '.join(OPSETS)}")
+    if weights not in (None, "int4"):
+        raise RequestError(f"there are no weights {weights!r}", fix="choose 'int4', or leave it out")
+    if weights and target != "ort":
+        raise RequestError("the standard has no product with weights of 4 bits", fix="choose target='ort'")
     check_plan(model.plan, target)
     check_program(model.program, target)
     require(*_NEEDED)
@@ -110,16 +117,26 @@ def export_onnx(
                 from kvpass.export.onnx.optimize import optimize
 
                 optimize(proto, target)
+            if weights == "int4":
+                from kvpass.export.onnx.quantize import quantize
+
+                with clock("quantize"):
+                    quantize(proto)
             nodes = nodes or Counter(n.op_type for n in proto.graph.all_nodes())
             with clock("write"):
                 if reads == "pass":
-                    _write_beside(proto, partial)
+                    write_beside(proto, partial / PASS, partial / FILE)
                 else:
-                    _write(proto, partial)
-                    _describe(model, graph, partial, dtype)
-            del proto
+                    write(proto, partial / FILE, DATA)
+                    _describe(model, graph, partial, dtype, weights)
+            del proto, graph
+        original = None
+        if weights == "int4":
+            from kvpass.export.onnx.quantize import rounded
+
+            original, model = model, model.with_program(rounded(model.program, dtype))
         with clock("check"):
-            checks = check_written(model, partial, dtype, count, target)
+            checks = check_written(model, partial, dtype, count, target, original)
         size = sum(f.stat().st_size for f in partial.iterdir())
     ordered = dict(sorted(nodes.items(), key=lambda item: (-item[1], item[0])))
     return Exported(str(folder), target, count, ordered, size, checks, clock.seconds)
@@ -175,7 +192,8 @@ def names(owners: tuple[int, ...]) -> tuple[list[str], list[str]]:
 
 def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     """The graph as an `onnx_ir.Model`; its weights stay where they are."""
-    module = graph.module.half() if dtype == "fp16" else graph.module
+    if dtype == "fp16":
+        halve(graph.module)
     batch, length, past = 2, 1 if graph.reads == "one" else 5, 0 if graph.reads == "pass" else 3
     room = past + length + 1 if graph.target == "onnx-static" or graph.reads != "chunks" else past
     caches = [graph.plan[owner] for owner in graph.owners]
@@ -207,55 +225,39 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     )
     inputs, outputs = names(graph.owners)
     with _quiet():
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(graph.module, arguments, dynamic_shapes=shapes, strict=False)
         made = torch.onnx.export(
             program, input_names=inputs, output_names=outputs, opset_version=OPSETS[graph.target], dynamic_shapes=named,
-            dynamo=True, optimize=True, verbose=False,
+            dynamo=True, optimize=False, verbose=False,
         )  # fmt: skip
-    if made is None:
-        raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
+        if made is None:
+            raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
+        with attached(made.model, graph.readers):
+            made.optimize()
     return made.model
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What exporters print and warn of is not for users; errors are raised."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
-def _write(proto: Any, folder: Path) -> None:
-    import onnx_ir
-
-    onnx_ir.save(proto, folder / FILE, external_data=DATA)
-
-
-def _write_beside(proto: Any, folder: Path) -> None:
-    """Write a second graph over the weights that the first one has written: equal numbers are on disk once."""
-    import onnx_ir
-
-    def key(tensor: Any) -> tuple[Any, ...]:
-        return tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
-
-    tensors = [v.const_value for v in onnx_ir.load(folder / FILE).graph.initializers.values()]
-    written = {key(t): t for t in tensors if isinstance(t, onnx_ir.ExternalTensor)}
-    for value in proto.graph.initializers.values():
-        value.const_value = written.get(key(value.const_value), value.const_value)
-    onnx_ir.save(proto, folder / PASS)
-
-
-def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) -> None:
+def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str, weights: str | None) -> None:
     """Write what a runner has to know, and what genai does."""
     facts = model.program.facts
     config = facts.config or {}
@@ -266,6 +268,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str) ->
         "format": FORMAT,
         "target": graph.target,
         "dtype": dtype,
+        "weights": weights or dtype,
         "positions": graph.positions,
         "vocab_size": facts.vocab_size,
         "passes": None if stop is None else {**asdict(stop), "owners": above},

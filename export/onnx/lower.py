@@ -10,6 +10,7 @@ Shapes: B batch, S new tokens, P tokens in the cache, H query heads, Hkv KV head
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from kvpass.errors import PlanError
 from kvpass.export.onnx import standard
 from kvpass.export.onnx.standard import Target
+from kvpass.export.onnx.weights import Reader, fake_mode, is_matrix, stand_in
 from kvpass.ir.attention import scored, shared_out, visible
 from kvpass.ir.execute import ancestors, evaluate
 from kvpass.ir.fold import fold_weights
@@ -32,6 +34,7 @@ from kvpass.ir.program import (
     Program,
     Weight,
     aten,
+    attribute_name,
     insert_call,
     merge_equal,
     placeholder,
@@ -65,12 +68,14 @@ class OnnxGraph:
         target: whose operators it is made of.
         reads: the new tokens that it takes: any number ("chunks"); or, where a layer reads one above it, "one" at a
             time, or a whole prompt again and again, from what the caches hold of the "pass" before.
+        readers: what reads the weights of which the module has only shapes, by the names that it has for them.
     """
 
     module: fx.GraphModule
     owners: tuple[int, ...]
     plan: CachePlan
     positions: int
+    readers: dict[str, Reader]
     target: Target = "ort"
     reads: Reads = "chunks"
 
@@ -88,9 +93,12 @@ def lower(
     tables = _hold_tables(folded, inserted, graph, positions)
     _Lowering(folded, plan, graph, tables, positions, target, reads).run()
     used = sorted({str(n.target) for n in graph.nodes if n.op == "get_attr"})
-    tensors = {name: _parameter(folded, name) for name in used}
+    late = {name for name in used if is_matrix(folded.weights[name])}
+    mode = fake_mode()
+    tensors = {n: stand_in(folded.weights[n], mode) if n in late else _parameter(folded, n) for n in used}
     module = to_module(folded, "decode", tensors)
-    return OnnxGraph(module, tuple(plan.owners()), plan, positions, target, reads)
+    readers: dict[str, Reader] = {attribute_name(name): functools.partial(folded.read, name) for name in late}
+    return OnnxGraph(module, tuple(plan.owners()), plan, positions, readers, target, reads)
 
 
 def check_plan(plan: CachePlan, target: Target = "ort") -> None:

@@ -51,6 +51,19 @@ def fold_weights(program: Program, *, everything: bool = True) -> Program:
     return kept
 
 
+def read_late(graph: fx.Graph) -> None:
+    """Have every weight read right before each of its uses: `evaluate` then holds few weights at a time.
+
+    A weight with several users (tied embeddings) is read for each; between the first and the last it is not held.
+    """
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                again = graph.get_attr(str(node.target))
+            user.replace_input_with(node, again)
+        graph.erase_node(node)
+
+
 def _lazy(originals: dict[str, Weight], node: fx.Node, example: Tensor) -> Weight:
     def read() -> Tensor:
         def weight(name: str) -> Tensor:

@@ -66,6 +66,14 @@ class Transformed(nn.Module):
             self._executor.append(Executor(self.program, self.plan, self.device, self.backend))
         return self._executor[0]
 
+    def release(self) -> None:
+        """Let go of the weights that were read to run it; the next run reads them again."""
+        self._executor.clear()
+
+    def with_program(self, program: Program) -> Transformed:
+        """The same with another program, of other weights for one."""
+        return Transformed(program, self.report, self.device, self.recipe, self.original, self.backend)
+
     @property
     def lowering(self) -> str:
         """What computes the attention of every layer, in every entry, and why where kernels do not: a table."""
@@ -245,6 +253,7 @@ class Transformed(nn.Module):
         *,
         target: Literal["ort", "onnx", "onnx-static"] = "ort",
         dtype: Literal["fp32", "fp16"] = "fp32",
+        weights: Literal["int4"] | None = None,
         positions: int | None = None,
         overwrite: bool = False,
     ) -> Exported:
@@ -254,7 +263,9 @@ class Transformed(nn.Module):
         """
         from kvpass.export.onnx.export import export_onnx
 
-        return export_onnx(self, folder, target=target, dtype=dtype, positions=positions, overwrite=overwrite)
+        return export_onnx(
+            self, folder, target=target, dtype=dtype, weights=weights, positions=positions, overwrite=overwrite
+        )
 
     def _ids(self, input_ids: Tensor) -> Tensor:
         ids = torch.as_tensor(input_ids)

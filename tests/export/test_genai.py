@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import kvpass
 from export_models import greedy, served, wide
 from kvpass.export.onnx.genai import CONFIG, LONGEST, GenaiFacts, genai_config, write_genai_config
+from kvpass.export.onnx.runner import OnnxModel
 from kvpass.passes import GroupHeads, QuantizeKV, ShareLayers, SlideWindow
 
 POSITIONS = 64
@@ -38,9 +40,9 @@ RECIPES = {
 TEXT = [torch.randint(0, 97, (8, 128), generator=torch.Generator().manual_seed(1))]
 
 
-def package(model, folder: Path, end: int) -> None:
+def package(model, folder: Path, end: int, **options: Any) -> None:
     """Export a model whose texts end at a certain id."""
-    model.export_onnx(folder, positions=POSITIONS)
+    model.export_onnx(folder, positions=POSITIONS, **options)
     config = json.loads((folder / CONFIG).read_text())
     config["model"]["eos_token_id"] = end
     (folder / CONFIG).write_text(json.dumps(config))
@@ -60,6 +62,18 @@ def test_genai_writes_the_text_of_torch(tmp_path: Path, recipe: str) -> None:
             served(tmp_path / "out", prompts, 40)
     else:
         assert served(tmp_path / "out", prompts, 40) == right
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_genai_writes_the_text_of_onnxruntime_with_weights_of_4_bits(tmp_path: Path, tied: bool, dtype: str) -> None:
+    decoder = wide("llama", num_hidden_layers=4, tie_word_embeddings=tied)
+    model = kvpass.transform(decoder, progress=False, verify="off")
+    package(model, tmp_path / "out", end=96, weights="int4", dtype=dtype)
+    prompts = [[5, 9, 33, 21, 60, 7, 11, 40, 8, 3], [8, 8, 3, 40, 22, 11, 90, 91, 17, 4]]
+    for prompt in prompts:
+        (right,) = OnnxModel.open(tmp_path / "out").generate([prompt], max_new_tokens=40, eos=(96,))
+        assert served(tmp_path / "out", [prompt], 40) == [right[: right.index(96)] if 96 in right else right]
 
 
 def test_a_text_ends_where_the_model_ends_it(tmp_path: Path) -> None:

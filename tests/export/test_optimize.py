@@ -27,8 +27,9 @@ from kvpass.passes import ShareLayers
 POSITIONS = 64
 # what RoPE turns is 16 channels, or it is not done by the operator
 ROTARY = {"gpt_neox": {"hidden_size": 256}, "phi": {"hidden_size": 128}}
-NODES = {"llama": 31, "qwen3": 45, "gemma2": 37, "gpt2": 43, "gpt_neox": 31, "phi": 30, "opt": 42}
-"""Of two layers: a guard against rules that no longer match, to be corrected where `lower` changes."""
+NODES = {"llama": 31, "qwen3": 45, "gemma2": 38, "gpt2": 44, "gpt_neox": 31, "phi": 30, "opt": 43}
+"""Of two layers, tied embeddings being transposed for the output: a guard against rules that no longer match, to be
+corrected where `lower` changes."""
 
 
 @functools.cache

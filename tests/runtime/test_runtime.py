@@ -359,3 +359,12 @@ def test_an_entry_that_is_not_there_is_refused(llama):
     with pytest.raises(RequestError, match="there is no entry 'train'"):
         llama.graph_text("train")
     assert "kvpass.attend" in llama.graph_text("decode")
+
+
+def test_a_model_that_was_released_runs_again():
+    model, tokens = kvpass.transform(families.build("llama"), progress=False), ids()
+    expected = model(tokens)
+    before = model.executor
+    model.release()
+    assert torch.equal(model(tokens), expected)
+    assert model.executor is not before
