@@ -142,11 +142,11 @@ def check_program(program: Program, target: Target = "ort") -> None:
 
 def _why_not(cache: LayerCache, target: Target) -> tuple[str, str]:
     fmt = cache.format
-    if not fmt.full and target != "ort":
-        return "its numbers are stored as codes, which the standard's Attention does not read", "leave out QuantizeKV"
     if not fmt.full and fmt.layout != "static":
-        what = f"its numbers are stored as {fmt}, and GroupQueryAttention has fixed scales"
+        what = f"its numbers are stored as {fmt}, and a package's caches have fixed scales"
         return what, 'QuantizeKV(8, layout="static")'
+    if fmt.bits == 4 and target != "ort":
+        return "the standard has no codes of 4 bits that it computes with", "use 8 bits, or choose target ort"
     if fmt.bits == 4 and cache.sinks:
         return "it keeps sinks, and 4 bits are packed in a way of the operator, which has none", "use 8 bits"
     if fmt.bits == 4 and cache.window and cache.key_dim % 32:
@@ -430,7 +430,7 @@ class _Lowering:
         window = window_kept(self.plan, owner, self.positions, self.target)
         bias = self._bias(node, owner, window, options, arguments)
         scoring = {"scale": float(options["scale"]), "softcap": float(options.get("softcap") or 0.0)}
-        if layer == owner and self.target == "onnx" and learned is None:
+        if layer == owner and self.target == "onnx" and learned is None and cache.format.full:
             batch, length = (self.call(node, aten.sym_size.int, self.ids, axis) for axis in (0, 1))
             sides = [(q, cache.heads), (k, cache.kv_heads), (v, cache.kv_heads)]
             operands = [self._turned(node, x, heads, (batch, length, heads * cache.key_dim)) for x, heads in sides]
@@ -454,6 +454,8 @@ class _Lowering:
 
     def _turned(self, node: fx.Node, x: fx.Node, heads: int, packed: tuple[Any, ...] | None = None) -> fx.Node:
         """An operand [B, heads, S, D], or as `packed` [B, S, heads*D], turned by the operator if it is turned."""
+        if x.target in (aten.mul.Tensor, aten.div.Tensor) and (inner := x.args[0]).target is ROTARY:  # type: ignore[union-attr]
+            return self.call(node, x.target, self._turned(node, inner, heads), x.args[1])  # type: ignore[arg-type]
         rotary = x if x.target is ROTARY else None
         if rotary is not None:
             x = rotary.args[0]  # type: ignore[assignment]
@@ -467,6 +469,8 @@ class _Lowering:
 
     def _remember(self, node: fx.Node, owner: int, window: int, new: tuple[fx.Node, fx.Node]) -> None:
         """Write new keys and values into a layer's caches."""
+        if not self.plan[owner].format.full:
+            new = (self.call(node, standard.coded, new[0]), self.call(node, standard.coded, new[1]))
         pairs = list(zip(self.past[owner], new, strict=True))
         if self.target == "onnx":
             key, value = (self.call(node, standard.appended, past, x) for past, x in pairs)
@@ -491,8 +495,8 @@ class _Lowering:
             return None
         key = (rows, window, sinks, slopes, table)
         if key not in self.biases:
-            like = self.past[owner][0]
-            told = [like, like if rows else None, slopes, table]
+            past = self.past[owner][0]
+            told = [arguments[0], past if rows else None, slopes, table]
             if self.target == "onnx":
                 made = self.call(node, standard.bias_grown, self.ids, self.mask, *told, window=window, sinks=sinks)
             else:

@@ -122,6 +122,11 @@ def appended(past: Tensor, new: Tensor) -> Tensor:  # [B, Hkv, P, D], [B, Hkv, S
     return torch.cat([past, new], dim=2)
 
 
+def coded(x: Tensor) -> Tensor:
+    """Keys or values that were divided by their scales, as a cache of codes holds them."""
+    return x.round().clamp(-128, 127).to(torch.int8)
+
+
 def placed(past: Tensor, new: Tensor, starts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The buffer [B, Hkv, P, D] with new tokens [B, Hkv, S, D] behind those of each row, and its rows in use."""
     present = _operator("TensorScatter", [past, new, starts], {"axis": 2, "mode": "linear"}, [list(past.shape)], 24)[0]
@@ -191,7 +196,11 @@ def attend_over(
     softcap: float,
     opset: int,
 ) -> Tensor:
-    """`Attention` over keys that are there: [B, H, S, D]. Learned sinks the operator has not, and it is spelled out."""
+    """`Attention` over keys that are there: [B, H, S, D]. Learned sinks the operator has not, and it is spelled out.
+
+    Codes are read as the numbers they are: their scales are factors of queries and of what comes out.
+    """
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     if sink_logits is not None:
         assert bias is not None
         weights = shared_out(scored(q, keys, None, bias, scale, softcap), sink_logits, may_be_empty=False)

@@ -37,6 +37,7 @@ from kvpass.passes import EvictKV, GroupHeads, PageKV, PrunePyramid, QuantizeKV,
 
 POSITIONS = 64
 TARGETS = ("onnx", "onnx-static")
+STATIC = QuantizeKV(8, layout="static")
 PLANS: dict[str, Callable[[int], list[Any]]] = {  # of pairs of layers
     "as it is": lambda pairs: [],
     "fewer heads": lambda pairs: [GroupHeads((2, 1) * pairs, method="first")],
@@ -50,7 +51,11 @@ PLANS: dict[str, Callable[[int], list[Any]]] = {  # of pairs of layers
     "sinks in one layer": lambda pairs: [SlideWindow((8, 5) * pairs, (0, 2) * pairs)],
     "shared sinks and windows": lambda pairs: [ShareLayers("cla:2"), SlideWindow(8, 3)],
     "shared layers of fewer heads": lambda pairs: [GroupHeads(1, method="first"), ShareLayers("yoco")],
+    "8 bits": lambda pairs: [STATIC],
+    "8 bits, shared layers and windows": lambda pairs: [ShareLayers("cla:2"), SlideWindow(8, 0), STATIC],
+    "8 bits, sinks and a window": lambda pairs: [SlideWindow(8, 3), STATIC],
 }
+TEXT = [torch.randint(0, 60, (8, 128), generator=torch.Generator().manual_seed(1))]
 SECOND = {  # beside the model as it is, what a family is exported with
     "qwen3": ("two windows", "onnx"),
     "gemma2": ("shared layers", "onnx"),
@@ -71,7 +76,8 @@ def cases() -> Iterator[tuple[str, str, str]]:
 
 
 def transformed(model: torch.nn.Module, recipe: list[Any] | None = None):
-    return kvpass.transform(model, recipe or [], progress=False, verify="off")
+    text = TEXT if any(step.needs_calibration for step in recipe or []) else None
+    return kvpass.transform(model, recipe or [], calibration=text, progress=False, verify="off")
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +344,8 @@ def test_half_precision(tmp_path: Path, target: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "reason"),
     [
-        ([QuantizeKV(8)], "stored as codes, which the standard's Attention does not read"),
+        ([QuantizeKV(8)], "stored as int8"),
+        ([QuantizeKV(4, layout="static")], "no codes of 4 bits"),
         ([PageKV()], "pages belong to a server"),
         ([ShareLayers("lckv:2")], "it reads a layer above it"),
         ([EvictKV("snapkv", keep=0.5)], "chosen by rank"),
