@@ -1,0 +1,110 @@
+"""ONNX packages as canonical graphs: the file that was exported, free of its names.
+
+Names of inputs and outputs stay, since runtimes bind by them; names of nodes, values and initializers do not. Integers
+that tell a layer apart stand in the names of caches alone.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpass.errors import RequestError
+from kvpass.regression.canonical import Index, Node
+from kvpass.regression.programs import dtype_text, float_text
+
+if TYPE_CHECKING:
+    from kvpass.runtime.transformed import Transformed
+
+COMMUTATIVE = ("Add", "Mul", "And", "Or", "Max", "Min", "Equal")
+POSITIONAL = ("attention_mask", "position_ids")  # what says where tokens are, and not what they are
+_LAYERED = re.compile(r"(.*\.)(\d+)(\..*)")
+
+
+@dataclass(frozen=True)
+class PackageGraph:
+    """The outputs of a package's graph, by their names, and its weights."""
+
+    outputs: list[tuple[str, Node]]
+    weights: dict[Node, Tensor]
+
+
+def exported_graph(model: Transformed) -> PackageGraph:
+    """The graph of the package that a model is exported as; the package itself is not kept.
+
+    Raises:
+        RequestError: onnx is not installed, or the target cannot express the plan.
+    """
+    from kvpass.export.onnx.export import FILE
+
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "package"
+        model.export_onnx(package)
+        return package_graph(package / FILE)
+
+
+def package_graph(path: Path) -> PackageGraph:
+    """The graph of an ONNX file with its external data.
+
+    Raises:
+        RequestError: onnx is not installed.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise RequestError("reading ONNX needs a package: onnx", fix="pip install 'kvpass[onnx]'") from error
+    proto = onnx.load(str(path))
+    graph = proto.graph
+    made: dict[str, Node] = {}
+    weights: dict[Node, Tensor] = {}
+    for tensor in graph.initializer:
+        value = torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        node = Node("weight", [[tensor.name]], note=f"{dtype_text(value.dtype)}{list(value.shape)}")
+        made[tensor.name], weights[node] = node, value
+    for given in graph.input:
+        made.setdefault(given.name, Node("", [_pieces(given.name)], data=given.name not in POSITIONAL))
+    for call in graph.node:
+        op = call.op_type if call.domain in ("", "ai.onnx") else f"{call.domain}.{call.op_type}"
+        arguments: list[list[str | Index | Node]] = [[made[n]] if n else ["none"] for n in call.input]
+        for attribute in sorted(call.attribute, key=lambda a: str(a.name)):
+            words = _attribute(onnx.helper.get_attribute_value(attribute))
+            arguments.append([f"{attribute.name}={words}"])
+        node = Node(op, arguments, commutes=op in COMMUTATIVE and len(call.input) == 2)
+        for i, name in enumerate(call.output):
+            if name:
+                made[name] = node if len(call.output) == 1 else Node("output", [[node], [str(i)]])
+    return PackageGraph([(v.name, made[v.name]) for v in graph.output], weights)
+
+
+def _pieces(name: str) -> list[str | Index | Node]:
+    found = _LAYERED.fullmatch(name)
+    return [name] if found is None else [found[1], Index("layer", int(found[2])), found[3]]
+
+
+def _attribute(value: Any) -> str:
+    if isinstance(value, float):
+        return float_text(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_attribute(v) for v in value) + "]"
+    if hasattr(value, "SerializeToString"):  # a tensor, or a graph inside a node: its content, without names, is hashed
+        return f"content {_content(value)}"
+    return str(value)
+
+
+def _content(value: Any) -> str:
+    import hashlib
+
+    from onnx import TensorProto, numpy_helper
+
+    if isinstance(value, TensorProto):
+        return f"{numpy_helper.to_array(value).tolist()}"
+    return hashlib.sha256(value.SerializeToString(deterministic=True)).hexdigest()[:16]
