@@ -24,6 +24,8 @@ PERIODS = 8  # layers that a repeated body spans at most: every eighth layer is 
 LETTERS = (
     "abdeghjklmnpqrstvxyz"  # of blocks; c is what is common, i counts rounds, w are weights, f32 and u8 are dtypes
 )
+NEAR = 5  # levels
+COMMON, WEIGHT, NUMBER = 1 << 29, 1 << 30, 1 << 31  # heights that put them behind values: mul(x, w), add(x, 1e-06)
 ALIKE = 1 / 3  # of a block's lines may differ from those of the block that it is printed by
 
 
@@ -103,9 +105,9 @@ def canonical_text(
     numbers = {} if numbers is None else numbers
     roots = [node for _, node in outputs] + list(effects)
     nodes = _postorder(roots)
-    hashes = _order_operands(nodes)
-    calls = [n for n in _scheduled([n for _, n in outputs], list(effects), hashes) if n.is_call]
     varying = _varying(nodes)
+    hashes = _order_operands(nodes, varying)
+    calls = [n for n in _scheduled([n for _, n in outputs], list(effects), hashes) if n.is_call]
     common, data = [n for n in calls if n not in varying], [n for n in calls if n in varying]
     inputs: list[Node] = []
     for node in common + data:
@@ -150,33 +152,44 @@ def _postorder(roots: Iterable[Node]) -> list[Node]:
     return list(done)
 
 
-def _order_operands(nodes: list[Node]) -> dict[Node, str]:
-    """Put the operands of commutative calls into their canonical order; the hash of all below each node."""
+def _order_operands(nodes: list[Node], varying: set[Node]) -> dict[Node, str]:
+    """Put the operands of commutative calls into their canonical order; the hash of all below each node.
+
+    What decides is near the call before it is far: layers are to come out alike. So heights count what varies only, for
+    the tables of positions would raise the first layer's; and hashes of a few levels go before those of everything.
+    """
     hashes: dict[Node, str] = {}
+    near: dict[Node, list[str]] = {}  # per node, hashes of 0, 1, 2... levels below it
     heights: dict[Node, int] = {}
     for node in nodes:
-        below = node.operands()
-        heights[node] = 1 + max((heights[n] for n in below), default=-1)
+        if node in varying:
+            heights[node] = 1 + max((heights[n] for n in node.operands() if n in varying), default=0)
+        else:
+            heights[node] = WEIGHT if node.op == "weight" else COMMON
         if node.commutes:
-            first, second = node.args[0], node.args[1]
-            mine, its = _key(first, hashes, heights), _key(second, hashes, heights)
-            if its < mine or (its == mine and _held(second) < _held(first)):
-                node.args = [second, first, *node.args[2:]]
-        words = [
-            hashes[p] if isinstance(p, Node) else p.kind if isinstance(p, Index) else p for a in node.args for p in a
-        ]
-        hashes[node] = _hash([node.op, node.note if node.op == "weight" else "", *words])
+            mine, its = (
+                [(heights[p], near[p][-1], hashes[p]) if isinstance(p, Node) else (NUMBER, str(p), "") for p in arg]
+                for arg in node.args[:2]
+            )
+            if its < mine or (its == mine and _held(node.args[1]) < _held(node.args[0])):
+                node.args = [node.args[1], node.args[0], *node.args[2:]]
+        hashes[node] = _hash(_words(node, hashes))
+        if node in varying:
+            levels = [{n: near[n][level] for n in node.operands()} for level in range(NEAR)]
+            near[node] = [node.op, *(_hash(_words(node, level)) for level in levels)]
+        else:
+            near[node] = [hashes[node]] * (NEAR + 1)
     return hashes
 
 
-def _key(arg: Sequence[str | Index | Node], hashes: dict[Node, str], heights: dict[Node, int]) -> list[tuple[int, str]]:
-    found = []
-    for piece in arg:
-        if isinstance(piece, Node):  # weights and numbers last: mul(x, w) reads better than mul(w, x)
-            found.append((heights[piece] if piece.op != "weight" else 1 << 30, hashes[piece]))
-        else:
-            found.append((1 << 31, str(piece)))
-    return found
+def _words(node: Node, below: Mapping[Node, str]) -> list[str]:
+    """What a node says, with hashes of what it reads; of indices and of weights, what they have in every layer."""
+    args = [[below[p] if isinstance(p, Node) else p.kind if isinstance(p, Index) else p for p in a] for a in node.args]
+    if node.op == "weight":
+        return [node.op, node.note]
+    if node.commutes:
+        args[:2] = sorted(args[:2])
+    return [node.op, *(word for arg in args for word in (*arg, ","))]
 
 
 def _held(arg: Sequence[str | Index | Node]) -> list[tuple[float, ...]]:

@@ -233,7 +233,8 @@ def validated(kind: type[Any], document: Mapping[str, Any], where: str, fix: str
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(p) for p in first["loc"])
-        words = {"extra_forbidden": f"there is no key {key!r}", "missing": f"the key {key!r} is missing"}
+        unknown = f"there is no key {key!r}"
+        words = {"unexpected_keyword_argument": unknown, "missing": f"the key {key!r} is missing"}
         raise RequestError(words.get(first["type"], f"{key}: {first['msg']}"), where=where, fix=fix) from error
 
 
