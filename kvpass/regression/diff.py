@@ -220,7 +220,7 @@ _HEAD = re.compile(r"(\w+): (?:once|(\d+) times)(?:, layers? (\d+)(?:-(\d+))?)?(
 _CARRIED = re.compile(r", ('\w+) is (\S+?) at first")
 _BODY = re.compile(r"  (\w+?) (?:(\S[^=]*?) )?= ([\w.]+)\((.*)\)")
 _READ = re.compile(r"(?<![\w.'])('?)([a-z]+)(\d+)(?:@(\d+))?(?![\w.\[(])")
-_LAYER = re.compile(r"\blayer=(\d+)")
+_LAYER = re.compile(r"\b(?:layer=|past_key_values\.)(\d+)")
 _INDEX = re.compile(r"(\d+)\+(\d*)i\b")
 _FLOAT = re.compile(r"(?<![\w.])-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)(?![\w.])")
 

@@ -9,8 +9,10 @@ loads this module whether a test uses it or not, so nothing slow is imported bef
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,9 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def kv_regression(request: pytest.FixtureRequest) -> KVRegression:
+def kv_regression(request: pytest.FixtureRequest) -> Iterator[KVRegression]:
     """Compares models with goldens; see `KVRegression.check`."""
-    return KVRegression(request)
+    with _untraced():
+        yield KVRegression(request)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -107,8 +110,8 @@ class KVRegression:
         if allow.upper() not in Grade.__members__:
             raise RequestError(f"there is no grade {allow!r}", fix=f"choose from {[str(g) for g in Grade]}")
         kept = golden.Kept(weights, logits, onnx, tolerance, Grade[allow.upper()])
-        made = golden.transformed(model, recipe, calibration=calibration, seed=seed)
         update = bool(self._request.config.getoption("--kvpass-update"))
+        made = golden.transformed(model, recipe, calibration=calibration, seed=seed)
         outcome = golden.check(made, path, kept, update=update)
         properties = self._request.node.user_properties
         shown = self._shown(path)
@@ -133,6 +136,17 @@ class KVRegression:
     def _shown(self, path: Path) -> str:
         root = self._request.config.rootpath
         return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Without the records that torch.export logs of itself, of which pytest would print thousands with a failure."""
+    logger = logging.getLogger("torch.__trace")
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.propagate = before
 
 
 ADVICE = "if this is what you meant: pytest --kvpass-update, and commit the golden"

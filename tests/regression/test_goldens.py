@@ -10,7 +10,7 @@ import pytest
 from families import build
 from kvpass.errors import PlanError, UnsupportedError
 from kvpass.passes import EvictKV, GroupHeads, PageKV, Pass, PrunePyramid, QuantizeKV, ShareLayers, SlideWindow
-from regression.small_models import quick
+from small_models import quick
 
 FAMILIES = (
     "bloom",

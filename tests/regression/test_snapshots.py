@@ -20,19 +20,20 @@ from kvpass.regression.diff import Grade, compare, compare_logits, unrolled
 from kvpass.regression.sketch import sketch
 from kvpass.regression.snapshot import Snapshot, dump, parse, take
 from kvpass.runtime.transformed import Transformed
-from regression.small_models import Decoder, edited, quick
+from small_models import Decoder, edited, quick
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/regression"]
 from families import build
 from kvpass.passes import *
 from kvpass.passes import EvictKV, QuantizeKV, ShareLayers, SlideWindow
 from kvpass.regression.snapshot import dump, take
-from regression.small_models import Decoder, quick
+from small_models import Decoder, quick
 names = {names}
-base = quick(build("qwen3"))
-for model in (base, quick(base, QuantizeKV(8)), quick(base, EvictKV("snapkv", keep=0.5, window=4)), quick(Decoder(names))):
+base = quick(build("llama"))
+evicting = quick(base, EvictKV("snapkv", keep=0.5, window=4))
+for model in (base, quick(base, QuantizeKV(8)), evicting, quick(Decoder(names))):
     print(dump(take(model)))
 """
 
@@ -294,7 +295,7 @@ def test_a_file_that_is_no_snapshot_is_refused_with_the_key(taken):
         (text.replace("format = 1", "format = 9"), "format 9"),
         (text.replace("bytes_per_token = ", "bytes = 1\nbytes_per_token = ", 1), "no key 'bytes'"),
         (text.replace("[logits]", "[logitz]"), "no key 'logitz'"),
-        (text.replace('dtype = "float32", layers', 'dtype = 32, layers', 1), "model.dtype"),
+        (text.replace('dtype = "float32", layers', "dtype = 32, layers", 1), "model.dtype"),
         (text[:300], "no valid TOML"),
     ):
         with pytest.raises(RequestError) as caught:
