@@ -35,7 +35,8 @@ docs: install
 
 # what the tests compare with; look at what changed before it is committed
 goldens: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/regression examples/ci --kvpass-update
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/regression/test_goldens.py examples/ci --kvpass-update
+	$(BIN)/kvpass check examples/ci/kvpass-lock.toml --update
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -53,7 +53,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Diff:
-    """All differences, the worst first, and what is worth saying and is none."""
+    """All differences, the worst first, and notes on what is ambiguous and therefore none."""
 
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Diff:
         for found in self.differences:
             lines.append(f"  {found.where} ({found.grade}): {found.what}")
             lines += [f"      {line}" for line in found.detail]
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  ambiguous: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def markdown(self, title: str) -> str:
@@ -79,7 +79,7 @@ class Diff:
             lines += [f"| {d.where} | {d.grade} | {_cell(d.what)} |" for d in self.differences]
         else:
             lines.append("Nothing changed.")
-        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        lines += ["", *(f"- ambiguous: {note}" for note in self.notes)] if self.notes else []
         for found in self.differences:
             if found.detail:
                 lines += ["", f"<details><summary>{found.where}</summary>", "", "```diff", *found.detail, "```"]
@@ -111,7 +111,7 @@ def compare(old: Snapshot, new: Snapshot, *, tolerance: float | None = None) -> 
         if not moved.passed:
             found.append(Difference(Grade.NUMERICAL, "logits", moved.words()))
         if moved.ambiguous:
-            notes.append("ambiguous, a near-tie that rounding may decide either way: " + "; ".join(moved.ambiguous))
+            notes.append("near-ties, which rounding may decide either way: " + "; ".join(moved.ambiguous))
     elif old.logits is not new.logits:
         found.append(_present("logits", old.logits is not None))
     if old.recipe != new.recipe:

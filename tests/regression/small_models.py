@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,12 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+@functools.cache
+def plain() -> Transformed:
+    """The decoder, captured once."""
+    return quick(Decoder())
 
 
 def quick(source: nn.Module | Transformed, *steps: object) -> Transformed:

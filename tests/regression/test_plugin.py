@@ -10,7 +10,7 @@ import pytest
 
 from kvpass.regression.diff import compare
 from kvpass.regression.snapshot import dump, parse, take
-from small_models import Decoder, quick
+from small_models import plain
 
 HERE = Path(__file__).parent
 CONFTEST = f"""
@@ -18,11 +18,11 @@ import sys
 sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]
 import pytest
 from kvpass.passes import QuantizeKV, SlideWindow
-from small_models import Decoder, quick
+from small_models import plain
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def model():
-    return quick(Decoder())
+    return plain()
 """
 ONE = """
 from kvpass.passes import SlideWindow
@@ -36,7 +36,7 @@ def test_the_window(kv_regression, model):
 def imported() -> None:
     """Everything that a check imports: pytester forgets what was first imported in its runs, and torch cannot be
     imported twice."""
-    found = take(quick(Decoder()))
+    found = take(plain())
     compare(found, parse(dump(found), ""))
 
 
@@ -155,16 +155,19 @@ def test_several_checks_of_a_test_need_names_and_parameters_have_goldens_of_thei
 def test_logits_have_a_tolerance_and_weights_may_be_left_out(project):
     project.makepyfile(
         test_one="""
-        import copy, torch
-        from small_models import Decoder, quick
+        import torch
+        from kvpass.ir.program import Weight
+        from kvpass.runtime.transformed import Transformed
+        from small_models import plain
 
         def test_the_window(kv_regression, request):
-            decoder = Decoder()
-            moved = request.config.rootpath / "moved"
+            base = plain()
+            program, moved = base.program.copy(), request.config.rootpath / "moved"
             if moved.exists():
-                with torch.no_grad():
-                    decoder.head.weight.mul_(1 + float(moved.read_text()))
-            kv_regression.check(quick(decoder), weights="shapes", tolerance=1e-2)
+                value = program.read("head.weight") * (1 + float(moved.read_text()))
+                program.weights["head.weight"] = Weight.of(value)
+            model = Transformed(program, base.report, base.device, base.recipe)
+            kv_regression.check(model, weights="shapes", tolerance=1e-2)
         """
     )
     run(project, "--kvpass-update").assert_outcomes(passed=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from kvpass.passes import QuantizeKV, ShareLayers, SlideWindow
 
 RECIPES = Path(__file__).parent.parent / "recipes"
