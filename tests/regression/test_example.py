@@ -61,4 +61,4 @@ def test_the_workflow_passes_and_shows_a_changed_golden_graded(project):
     done = run(project, compare["run"], GITHUB_STEP_SUMMARY=str(summary), BASE="HEAD~1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_the_release_recipe.toml: plan" in summary.read_text()
-    assert "layers 0-3: window 16 -> 12" in summary.read_text()
+    assert "layers 0-1: window 16 -> 12" in summary.read_text()
