@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import fx
 
+import kvpass
 from families import build
 from kvpass.errors import RequestError
 from kvpass.ir.program import ATTENTION, Program, Weight, aten, sweep
@@ -25,6 +26,7 @@ from small_models import Decoder, edited, quick
 SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/regression"]
+import kvpass
 from families import build
 from kvpass.passes import *
 from kvpass.passes import EvictKV, QuantizeKV, ShareLayers, SlideWindow
@@ -315,3 +317,22 @@ def test_a_sketch_tells_order_sign_and_scale_apart_and_is_the_same_everywhere():
     assert sketch(torch.zeros(3)) == (0.0, (0.0, 0.0, 0.0))
     assert sketch(torch.tensor([float("-inf"), 0.0]))[0] > 1e29
     assert sketch(torch.ones(2, dtype=torch.complex64)) == sketch(torch.tensor([1.0, 0.0, 1.0, 0.0]))
+
+
+def test_a_saved_program_has_the_snapshot_of_the_one_in_memory(base, tmp_path):
+    slim = quick(base, GroupHeads(1), SlideWindow(6, 2), QuantizeKV(8))
+    slim.save(tmp_path / "slim")
+    assert dump(take(kvpass.load(tmp_path / "slim", device="cpu"))) == dump(take(slim))
+
+
+def test_a_model_that_cannot_be_cached_has_its_forward_graph_compared():
+    class Fading(Decoder):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            length = input_ids.shape[1]
+            return super().forward(input_ids) * (torch.arange(length) / length)[:, None]
+
+    found = take(quick(Fading()))
+    assert found.program.graphs.keys() == {"forward"}
+    assert found.logits is not None
+    assert found.logits.rows == ()
+    assert all(w.rms is not None for w in found.program.weights)
