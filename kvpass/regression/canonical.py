@@ -240,7 +240,7 @@ def _meaning(
             known[node] = f"w{numbers.get(node)}"
             continue
         words = [known[p] if isinstance(p, Node) else str(p) for arg in args for p in (*arg, ",")]
-        known[node] = _hash([node.op, *words])
+        known[node] = _hash([node.op, *words, *(known[n] for n in node.after)])
     written = sorted(known[n] for n in nodes if n.op.startswith("kvpass."))
     return _hash([*(f"{name}={known[n]}" for name, n in outputs), *written])[:16]
 

@@ -53,9 +53,9 @@ AllowOption = Annotated[Change, typer.Option("--allow", help="The worst change t
 def snapshot(
     model: ModelArgument,
     flags: Flags,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write it.")] = Path(
-        "/dev/stdout"
-    ),
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it, if not to stdout.")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="FILE", help="A text file; needed by a refit.")
     ] = None,
@@ -80,10 +80,11 @@ def snapshot(
             made = transformed(model, recipe, calibration=calibration, seed=seed)
             found = take(made, weights=weights.value, logits=logits, onnx=onnx)
         out.document = {"model": model, "snapshot": asdict(found)}
-        if as_json and output == Path("/dev/stdout"):
-            return
-        with output_file(output) as handle:
-            handle.write(dump(found))
+        if output is not None:
+            with output_file(output) as handle:
+                handle.write(dump(found))
+        elif not as_json:
+            typer.echo(dump(found), nl=False)
 
 
 @app.command(name="diff")

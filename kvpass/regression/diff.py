@@ -13,12 +13,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvpass.regression.snapshot import GraphText, Logits, Part, Row, Snapshot, WeightLine
+from kvpass.regression.snapshot import Logits, Part, Row, Snapshot, WeightLine
 
 CONSTANTS = 2e-5  # relative; constants are written with six digits
 WEIGHTS = 1e-4  # of a weight's norm; rounding on another machine moves the float32 ones by some 1e-7
-SHOWN = 60  # lines of a text diff
+SHOWN = 40  # lines of a diff
+COMPARED = 1000  # calls behind the first that differs: a diff of layers that are alike takes time
 
 
 class Grade(enum.IntEnum):
@@ -42,7 +44,7 @@ class Difference:
         grade: of this part.
         where: the plan, the weights, an entry, and so on.
         what: the first difference, in words.
-        detail: lines of a text diff, where there are any.
+        detail: lines of a diff, where there are any.
     """
 
     grade: Grade
@@ -178,8 +180,7 @@ def _models(old: Snapshot, new: Snapshot) -> Iterator[Difference]:
 # ---------------------------------------------------------------------- graphs
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """A line of a graph with its repeats written out: its layer in words, its name there, and what it says."""
 
     layer: str
@@ -194,7 +195,7 @@ def _graphs(where: str, entry: str, a: Part, b: Part) -> Iterator[Difference]:
     if old.text == new.text:
         return
     before, after = unrolled(a, entry), unrolled(b, entry)
-    detail = tuple(_text_diff(old, new))
+    detail = tuple(_call_diff(before, after))
     if [_skeleton(c) for c in before] == [_skeleton(c) for c in after]:
         for mine, its in zip(before, after, strict=True):
             numbers = zip(_floats(mine.arguments), _floats(its.arguments), strict=True)
@@ -221,6 +222,7 @@ _CARRIED = re.compile(r", ('\w+) is (\S+?) at first")
 _BODY = re.compile(r"  (\w+?) (?:(\S[^=]*?) )?= ([\w.]+)\((.*)\)")
 _READ = re.compile(r"(?<![\w.'])('?)([a-z]+)(\d+)(?:@(\d+))?(?![\w.\[(])")
 _LAYER = re.compile(r"\b(?:layer=|past_key_values\.)(\d+)")
+_READS = re.compile(r"(%|\bw)\d+\b")
 _INDEX = re.compile(r"(\d+)\+(\d*)i\b")
 _FLOAT = re.compile(r"(?<![\w.])-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)(?![\w.])")
 
@@ -326,7 +328,7 @@ def _floats(text: str) -> list[float]:
 def _first(before: list[_Call], after: list[_Call]) -> str:
     """The first call that differs, in words."""
     for a, b in zip(before, after, strict=False):
-        if (a.op, a.note, a.arguments) == (b.op, b.note, b.arguments):
+        if a[2:] == b[2:]:
             continue
         if a.op != b.op:
             return f"{b.layer}{_call_words(a)} became {_call_words(b)}"
@@ -367,9 +369,28 @@ def _split(arguments: str) -> list[str]:
     return [word.strip() for word in found]
 
 
-def _text_diff(old: GraphText, new: GraphText) -> list[str]:
-    lines = list(difflib.unified_diff(old.text.split("\n"), new.text.split("\n"), "old", "new", lineterm="", n=1))
+def _call_diff(before: list[_Call], after: list[_Call]) -> list[str]:
+    """The calls that differ, of graphs with their repeats written out: one layer that is no longer like the others
+    makes other repeats, and most of a diff of the texts would tell of that."""
+    if len(before) == len(after):
+        pairs = [(a, b) for a, b in zip(before, after, strict=True) if a[2:] != b[2:]]
+        lines = [line for a, b in pairs for line in (f"-{_call_line(a)}", f"+{_call_line(b)}")]
+    else:  # what was put in moves the numbers of all values and weights behind it, so here they have none
+        old, new = ([_READS.sub(r"\1", _call_line(call)) for call in calls] for calls in (before, after))
+        same = 0
+        while same < min(len(old), len(new)) and old[same] == new[same]:
+            same += 1
+        behind = 0
+        while behind < min(len(old), len(new)) - same and old[-1 - behind] == new[-1 - behind]:
+            behind += 1
+        first, second = (x[max(same - 1, 0) : min(len(x) - behind + 1, same + COMPARED)] for x in (old, new))
+        found = list(difflib.unified_diff(first, second, lineterm="", n=1))[2:]
+        lines = ["..." if line.startswith("@@") else line for line in found]
     return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... {len(lines) - SHOWN} more lines"]
+
+
+def _call_line(call: _Call) -> str:
+    return f" {call.note} {call.op}({call.arguments})".replace("  ", " ")
 
 
 # ---------------------------------------------------------------------- weights

@@ -135,9 +135,10 @@ def _old(golden: Path, update: bool) -> Snapshot | None:
 
 
 def _kinds(snapshot: Snapshot) -> tuple[object, ...]:
-    """What is kept, and to which tolerance."""
+    """What a comparison does not grade: what is kept, to which tolerance, and the hashes of graphs."""
     tolerance = snapshot.logits and snapshot.logits.tolerance
-    return all(w.rms is not None for w in snapshot.program.weights), tolerance, snapshot.onnx is None
+    hashes = [g.meaning for p in (snapshot.program, snapshot.onnx) if p is not None for g in p.graphs.values()]
+    return all(w.rms is not None for w in snapshot.program.weights), tolerance, hashes
 
 
 def _write(snapshot: Snapshot, golden: Path) -> None:

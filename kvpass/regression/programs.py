@@ -10,6 +10,7 @@ What is not settled: another decomposition of the same function. That is a struc
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,12 @@ IDENTITIES = {
     aten.dropout.default,
 }
 UNSAID = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+LINEAR = {
+    *SHAPE_ONLY_READERS,
+    operator.add,
+    operator.sub,
+    operator.mul,
+}  # a minimum or a quotient is told by no two sizes
 END = 1 << 62  # a slice up to here goes to the end
 SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 _KEYED = re.compile(r"(cache|keep_width|keep|width|count|fill|end|ragged|budget|recent)_(\d+)(.*)")
@@ -113,7 +120,7 @@ class _Sizes:
 
     def word(self, node: fx.Node) -> str | None:
         """B, S, 2*S or a plain number; None for what is no size, or another function of them."""
-        if self.role.get(node) != Role.SHAPE:
+        if self.role.get(node) != Role.SHAPE or node.target not in LINEAR:
             return None
         if node in self.small:
             return _scaled(self.small[node], self.large[node])

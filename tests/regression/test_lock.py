@@ -160,6 +160,7 @@ def test_snapshots_are_written_and_compared(model, tmp_path):
     plain, slim = tmp_path / "plain.toml", tmp_path / "slim.toml"
     assert run("snapshot", model, "-o", plain).exit_code == 0
     assert run("snapshot", model, "--window", "6", "-o", slim).exit_code == 0
+    assert run("snapshot", model, "--window", "6").stdout == slim.read_text()
     assert read(slim).recipe == ("SlideWindow(window=6)",)
 
     same = run("diff", plain, model)

@@ -87,7 +87,7 @@ def test_a_golden_is_missing_written_kept_and_then_what_changed_is_printed(proje
             "change: plan",
             "  plan (plan): layers 0-1: window 6 -> 7; *",
             "  forward (structural): layer 0: kvpass.attention (b*): window 6 -> 7",
-            "*+  b*window=7*",
+            "*+ f32*kvpass.attention(*window=7, sinks=2, layer=0)",
             "if this is what you meant: pytest --kvpass-update, and commit the golden",
         ]
     )

@@ -183,12 +183,34 @@ def test_what_only_moves_names_and_order_leaves_every_byte_of_a_snapshot(base, t
         assert dump(edited(base, change)) == dump(taken)
 
 
+def forward_calls(snapshot: Snapshot) -> list[int]:
+    return list(snapshot.program.graphs["forward"].ops.values())
+
+
+def test_a_size_that_is_no_product_of_the_input_is_a_value_of_its_own():
+    class Clamped(Decoder):
+        def __init__(self, most: int) -> None:
+            super().__init__()
+            self.most = most
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            steps = torch.arange(torch.sym_min(input_ids.shape[1], self.most)).sum()
+            return super().forward(input_ids) + 0 * steps
+
+    graphs = [take(quick(Clamped(most))).program.graphs["forward"] for most in (1000, 1001)]
+    assert graphs[0].meaning != graphs[1].meaning
+    assert "1000" in graphs[0].text
+
+
 def test_one_layer_unshared_is_a_change_of_the_plan(base):
     shared, unshared = (take(quick(base, ShareLayers(source))) for source in ((0, 1, 0, 1), (0, 1, 0, 3)))
     found = compare(shared, unshared)
     assert found.grade == Grade.PLAN
     assert "layer 3: bytes_per_token 0 -> 128, kv_source 1 -> none" in found.text()
-    assert "linear" in found.text()
+    forward = next(d for d in found.differences if d.where == "forward")
+    added = [line for line in forward.detail if line.startswith("+")]
+    assert len(added) == sum(forward_calls(unshared)) - sum(forward_calls(shared))
+    assert not any(line.startswith("-") for line in forward.detail)
 
 
 def test_another_dtype_is_a_change_of_the_plan():
