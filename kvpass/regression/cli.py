@@ -13,6 +13,7 @@ from kvpass.cli import (
     Flags,
     JsonOption,
     ModelArgument,
+    OnnxTarget,
     _check_calibration,
     _session,
     _source,
@@ -61,7 +62,9 @@ def snapshot(
     ] = None,
     weights: WeightsOption = Contents.content,
     logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Ask the model for logits, too.")] = True,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Export it, and keep that graph too.")] = False,
+    onnx: Annotated[
+        OnnxTarget | None, typer.Option("--onnx", help="Export it for this target, and keep that graph too.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="For everything random.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,7 +81,7 @@ def snapshot(
         with _working(as_json, "taking a snapshot"):
             recipe = chosen if chosen.passes else None
             made = transformed(model, recipe, calibration=calibration, seed=seed)
-            found = take(made, weights=weights.value, logits=logits, onnx=onnx)
+            found = take(made, weights=weights.value, logits=logits, onnx=None if onnx is None else onnx.value)
         out.document = {"model": model, "snapshot": asdict(found)}
         if output is not None:
             with output_file(output) as handle:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvpass.errors import RequestError
 from kvpass.output import output_file
 from kvpass.regression.diff import Diff, Grade, compare
-from kvpass.regression.snapshot import Snapshot, Weights, dump, read, take
+from kvpass.regression.snapshot import Snapshot, Target, Weights, dump, read, take
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,14 +36,14 @@ class Kept:
         weights: "content" or "shapes": projections of a PCA may come out with other signs on another machine, which
             changes weights and not the model.
         logits: whether the answers to fixed tokens are kept.
-        onnx: whether the exported graph is.
+        onnx: the target whose exported graph is; none where None.
         tolerance: of logits, relative to their spread; by dtype where None.
         allow: the worst grade that passes.
     """
 
     weights: Weights = "content"
     logits: bool = True
-    onnx: bool = False
+    onnx: Target | None = None
     tolerance: float | None = None
     allow: Grade = Grade.COSMETIC
 

@@ -6,7 +6,7 @@
     name = "chat-model"
     model = "models/chat"        # from the folder of the lock file; or a hub id
     recipe = "recipes/slim.toml" # or passes in place: [[check.pass]]; none for the model as it is
-    onnx = true
+    onnx = "ort"                 # the exported graph, too
 
 Every key is in `Entry`. A key that there is not is an error, not a comment.
 """
@@ -55,7 +55,7 @@ class Entry(BaseModel):
     calibration: str | None = None
     weights: Literal["content", "shapes"] = "content"
     logits: bool = True
-    onnx: bool = False
+    onnx: Literal["ort", "onnx", "onnx-static"] | None = None
     tolerance: float | None = Field(default=None, gt=0)
     allow: Literal["none", "cosmetic", "numerical", "structural", "plan"] = "cosmetic"
     seed: int = 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvpass.errors import RequestError
 from kvpass.regression.canonical import Index, Node
 from kvpass.regression.programs import dtype_text, float_text
+from kvpass.regression.snapshot import Target
 
 if TYPE_CHECKING:
     from kvpass.runtime.transformed import Transformed
@@ -35,8 +36,8 @@ class PackageGraph:
     weights: dict[Node, Tensor]
 
 
-def exported_graph(model: Transformed) -> PackageGraph:
-    """The graph of the package that a model is exported as; the package itself is not kept.
+def exported_graph(model: Transformed, target: Target) -> PackageGraph:
+    """The graph of the package that a model is exported as for a target; the package itself is not kept.
 
     Raises:
         RequestError: onnx is not installed, or the target cannot express the plan.
@@ -45,7 +46,7 @@ def exported_graph(model: Transformed) -> PackageGraph:
 
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package"
-        model.export_onnx(package)
+        model.export_onnx(package, target=target)
         return package_graph(package / FILE)
 
 
@@ -57,30 +58,44 @@ def package_graph(path: Path) -> PackageGraph:
     """
     try:
         import onnx
-        from onnx import numpy_helper
     except ImportError as error:
         raise RequestError("reading ONNX needs a package: onnx", fix="pip install 'kvpass[onnx]'") from error
-    proto = onnx.load(str(path))
-    graph = proto.graph
+    graph = onnx.load(str(path)).graph
     made: dict[str, Node] = {}
     weights: dict[Node, Tensor] = {}
+    for given in graph.input:
+        made[given.name] = Node("", [_pieces(given.name)], data=given.name not in POSITIONAL)
+    _read(graph, made, weights)
+    return PackageGraph([(v.name, made[v.name]) for v in graph.output], weights)
+
+
+def _read(graph: Any, made: dict[str, Node], weights: dict[Node, Tensor]) -> None:
+    """Add the values of a graph to `made`, by their names.
+
+    The branches of an `If` read values of the graph around them, and only by name. So their calls stand among the
+    others, and the `If` reads what each branch gives.
+    """
+    import onnx
+
     for tensor in graph.initializer:
-        value = torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
         node = Node("weight", [[tensor.name]], note=f"{dtype_text(value.dtype)}{list(value.shape)}")
         made[tensor.name], weights[node] = node, value
-    for given in graph.input:
-        made.setdefault(given.name, Node("", [_pieces(given.name)], data=given.name not in POSITIONAL))
     for call in graph.node:
         op = call.op_type if call.domain in ("", "ai.onnx") else f"{call.domain}.{call.op_type}"
         arguments: list[list[str | Index | Node]] = [[made[n]] if n else ["none"] for n in call.input]
         for attribute in sorted(call.attribute, key=lambda a: str(a.name)):
-            words = _attribute(onnx.helper.get_attribute_value(attribute))
-            arguments.append([f"{attribute.name}={words}"])
+            value = onnx.helper.get_attribute_value(attribute)
+            if isinstance(value, onnx.GraphProto):
+                inside = made | {v.name: Node("", [[f"{attribute.name} {i}"]]) for i, v in enumerate(value.input)}
+                _read(value, inside, weights)
+                arguments += [[f"{attribute.name}=", inside[v.name]] for v in value.output]
+            else:
+                arguments.append([f"{attribute.name}={_attribute(value)}"])
         node = Node(op, arguments, commutes=op in COMMUTATIVE and len(call.input) == 2)
         for i, name in enumerate(call.output):
             if name:
                 made[name] = node if len(call.output) == 1 else Node("output", [[node], [str(i)]])
-    return PackageGraph([(v.name, made[v.name]) for v in graph.output], weights)
 
 
 def _pieces(name: str) -> list[str | Index | Node]:
@@ -95,16 +110,8 @@ def _attribute(value: Any) -> str:
         return value.decode(errors="replace")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_attribute(v) for v in value) + "]"
-    if hasattr(value, "SerializeToString"):  # a tensor, or a graph inside a node: its content, without names, is hashed
-        return f"content {_content(value)}"
+    if hasattr(value, "raw_data"):  # a tensor
+        from onnx import numpy_helper
+
+        return str(numpy_helper.to_array(value).tolist())
     return str(value)
-
-
-def _content(value: Any) -> str:
-    import hashlib
-
-    from onnx import TensorProto, numpy_helper
-
-    if isinstance(value, TensorProto):
-        return f"{numpy_helper.to_array(value).tolist()}"
-    return hashlib.sha256(value.SerializeToString(deterministic=True)).hexdigest()[:16]

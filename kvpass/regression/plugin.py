@@ -74,7 +74,7 @@ class KVRegression:
         calibration: Calibration | None = None,
         weights: Literal["content", "shapes"] = "content",
         logits: bool = True,
-        onnx: bool = False,
+        onnx: Literal["ort", "onnx", "onnx-static"] | bool = False,
         tolerance: float | None = None,
         allow: GradeName = "cosmetic",
         seed: int = 0,
@@ -88,7 +88,7 @@ class KVRegression:
             calibration: what `kvpass.transform` takes.
             weights: "shapes" leaves their contents out.
             logits: whether answers to fixed tokens are compared.
-            onnx: whether the exported ONNX graph is compared too.
+            onnx: a target of `export_onnx` whose graph is compared too; True for "ort".
             tolerance: of logits, relative to their spread; by dtype where None.
             allow: the worst change that passes.
             seed: of the transform.
@@ -109,7 +109,8 @@ class KVRegression:
         self._checked.add(path)
         if allow.upper() not in Grade.__members__:
             raise RequestError(f"there is no grade {allow!r}", fix=f"choose from {[str(g) for g in Grade]}")
-        kept = golden.Kept(weights, logits, onnx, tolerance, Grade[allow.upper()])
+        target = "ort" if onnx is True else onnx or None
+        kept = golden.Kept(weights, logits, target, tolerance, Grade[allow.upper()])
         update = bool(self._request.config.getoption("--kvpass-update"))
         made = golden.transformed(model, recipe, calibration=calibration, seed=seed)
         outcome = golden.check(made, path, kept, update=update)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 HEAD = "# A snapshot by kvpass: `kvpass diff` compares two of them, docs/regression.md says what is in one.\n"
 Weights = Literal["content", "shapes"]
+Target = Literal["ort", "onnx", "onnx-static"]
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -132,7 +133,7 @@ class Snapshot:
         plan: one table per run of equal layers; what says nothing is left out.
         program: the graphs of kvpass's own runtime.
         logits: answers to fixed tokens; None where numbers were not asked for.
-        onnx: the graph of the ONNX package, where asked for.
+        onnx: the graph of the ONNX package by its target, where asked for.
     """
 
     __pydantic_config__ = _STRICT
@@ -152,7 +153,7 @@ def take(
     *,
     weights: Weights = "content",
     logits: bool = True,
-    onnx: bool = False,
+    onnx: Target | None = None,
     tolerance: float | None = None,
 ) -> Snapshot:
     """The snapshot of a model.
@@ -161,7 +162,7 @@ def take(
         model: what `kvpass.transform` or `kvpass.load` gave.
         weights: "content" reads every weight and keeps its fingerprint, "shapes" keeps shapes alone.
         logits: whether the model is asked for logits.
-        onnx: whether it is exported too; raises what `export_onnx` raises.
+        onnx: the target that it is exported for, too; raises what `export_onnx` raises.
         tolerance: of logits, relative to their spread; by dtype where None.
     """
     from kvpass.regression.logits import read_logits
@@ -175,7 +176,7 @@ def take(
         plan=tuple(_plan_rows(model.plan)),
         program=_program(model, weights),
         logits=read_logits(model, tolerance) if logits else None,
-        onnx=_onnx(model, weights) if onnx else None,
+        onnx=_onnx(model, weights, onnx) if onnx else None,
     )
 
 
@@ -283,16 +284,16 @@ def _program(model: Transformed, weights: Weights) -> Part:
     return Part(tuple(lines[str(n.args[0][0])] for n in sorted(numbers, key=numbers.__getitem__)), graphs)
 
 
-def _onnx(model: Transformed, weights: Weights) -> Part:
+def _onnx(model: Transformed, weights: Weights, target: Target) -> Part:
     from kvpass.regression.canonical import canonical_text
     from kvpass.regression.packages import exported_graph
 
-    graph = exported_graph(model)
+    graph = exported_graph(model, target)
     lines = {node: _weight_line(tensor, weights) for node, tensor in graph.weights.items()}
     for node, line in lines.items():
         node.order = (line.rms or 0.0, *line.projections)
     found = canonical_text(graph.outputs)
-    return Part(tuple(lines[n] for n in found.weights), {"model": _graph(found)})
+    return Part(tuple(lines[n] for n in found.weights), {target: _graph(found)})
 
 
 def _graph(found: Canonical) -> GraphText:

@@ -187,15 +187,15 @@ def test_the_exported_graph_is_compared_where_it_was_asked_for(tmp_path):
     pytest.importorskip("onnxruntime")
     golden = tmp_path / "golden.toml"
     slim = quick(build("llama", head_dim=16), SlideWindow(8, 0))
-    assert check(slim, golden, Kept(onnx=True), update=True).status == "written"
+    assert check(slim, golden, Kept(onnx="ort"), update=True).status == "written"
     kept = read(golden)
-    assert "com.microsoft.GroupQueryAttention" in kept.onnx.graphs["model"].ops
+    assert "com.microsoft.GroupQueryAttention" in kept.onnx.graphs["ort"].ops
     text = golden.read_text()
     assert "local_window_size=8" in text
-    before = text.replace("local_window_size=8", "local_window_size=9").replace(kept.onnx.graphs["model"].meaning, "")
+    before = text.replace("local_window_size=8", "local_window_size=9").replace(kept.onnx.graphs["ort"].meaning, "")
     found = compare(parse(before, "before"), kept)
     assert found.grade == Grade.STRUCTURAL
-    assert "onnx model (structural): layer 0: com.microsoft.GroupQueryAttention" in found.text()
+    assert "onnx ort (structural): layer 0: com.microsoft.GroupQueryAttention" in found.text()
     assert "local_window_size 9 -> 8" in found.text()
 
     unasked = check(slim, golden)
