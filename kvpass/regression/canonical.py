@@ -313,21 +313,18 @@ def _repeats(lines: list[_Line]) -> list[tuple[int, int, int]]:
 
 def _rounds(lines: list[_Line], place: dict[Node, int], start: int, period: int) -> int:
     """How often the lines from `start` on repeat."""
-    strides: dict[str, int] = {}
+    strides: dict[tuple[int, int], int] = {}
     relative: dict[tuple[int, int], bool] = {}
     at = start
     while at + period < len(lines):
         here, there = lines[at], lines[at + period]
         if here.words != there.words:
             break
-        moved = all(
-            b.number == a.number or b.number - a.number == strides.setdefault(a.kind, b.number - a.number)
-            for a, b in zip(here.indices, there.indices, strict=True)
-        )
+        line = (at - start) % period
+        moves = [b.number - a.number for a, b in zip(here.indices, there.indices, strict=True)]
         reads = zip(here.reads, there.reads, strict=True)
-        if not moved or not all(
-            _same_read(place, start, period, a, b, relative, ((at - start) % period, i))
-            for i, (a, b) in enumerate(reads)
+        if not all(m >= 0 and m == strides.setdefault((line, i), m) for i, m in enumerate(moves)) or not all(
+            _same_read(place, start, period, a, b, relative, (line, i)) for i, (a, b) in enumerate(reads)
         ):
             break
         at += 1

@@ -38,7 +38,7 @@ def test_a_branch_that_reads_a_value_from_outside_is_part_of_the_text(tmp_path):
         "inputs x, y, cond\n"
         "a: once:\n"
         "  a0 = Identity(x)\n"
-        "  a1 = Add(x, y)\n"
+        "  a1 = Add(y, x)\n"
         "  a2 = Neg(a1)\n"
         "  a3 = If(cond, else_branch=a0, then_branch=a2)\n"
         "return result = a3\n"

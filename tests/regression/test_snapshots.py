@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -270,6 +271,18 @@ def test_equal_layers_are_printed_once(taken):
     assert "b: 2 times, layers 0-3" in text
     assert text.count("silu") == 2  # a layer with a window and one without
     assert taken.program.graphs["forward"].ops["silu"] == 4
+
+
+def test_a_weight_that_only_some_layers_share_is_no_part_of_a_repeat():
+    def deep(shared: bool) -> Snapshot:
+        decoder = Decoder()
+        decoder.blocks.append(decoder.blocks[1] if shared else copy.deepcopy(decoder.blocks[1]))
+        return take(quick(decoder))
+
+    apart, shared = deep(shared=False), deep(shared=True)
+    assert "b: 3 times, layers 0-2" in apart.program.graphs["forward"].text
+    assert "b: 2 times, layers 0-1" in shared.program.graphs["forward"].text
+    assert compare(apart, shared).grade == Grade.STRUCTURAL
 
 
 def test_a_decoder_of_ones_own_has_a_snapshot_without_a_name_in_it():
