@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import kvpass
 from kvpass.ir.program import Program
+from kvpass.passes import Pass
 from kvpass.regression.snapshot import Snapshot, take
 from kvpass.runtime.transformed import Transformed
 
@@ -64,9 +66,10 @@ def plain() -> Transformed:
     return quick(Decoder())
 
 
-def quick(source: nn.Module | Transformed, *steps: object) -> Transformed:
-    """A transform without its checks."""
-    return kvpass.transform(source, list(steps), verify="off", progress=False)  # type: ignore[arg-type]
+def quick(source: nn.Module | Transformed, *steps: Pass) -> Transformed:
+    """A transform without its checks, on the CPU, where goldens are made."""
+    options: dict[str, Any] = {"verify": "off", "progress": False, "device": "cpu", "backend": "reference"}
+    return kvpass.transform(source, list(steps), **options)
 
 
 def edited(model: Transformed, edit: Callable[[Program], None]) -> Snapshot:
