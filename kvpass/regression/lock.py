@@ -200,9 +200,9 @@ def junit(results: Sequence[Result], name: str) -> str:
         case = ET.SubElement(suite, "testcase", classname=name, name=result.name, time=f"{result.seconds:.3f}")
         if not result.passed:
             kind = "failure" if result.status == "failed" else "error"
-            words = result.text()
+            words = _printable(result.text())
             shown = ET.SubElement(case, kind, message=words.split("\n")[0], type=kind)
-            shown.text = _printable(words)
+            shown.text = words
     root = ET.Element("testsuites")
     root.append(suite)
     ET.indent(root)
