@@ -76,14 +76,12 @@ class Canonical:
         text: its lines.
         ops: how many calls of each operator there are, every round of a repeat counted.
         meaning: a hash that is also blind to values that are computed twice and to reshapes of reshapes.
-        weights: its weights in the order of their numbers.
         blocks: the lines of each block by its letter, for `canonical_text` of another entry.
     """
 
     text: str
     ops: dict[str, int]
     meaning: str
-    weights: list[Node]
     blocks: dict[str, tuple[str, ...]]
 
 
@@ -127,7 +125,6 @@ def canonical_text(
         text=writer.text([f"inputs {', '.join(named)}"], [f"return {returned}"], earlier or {}),
         ops=dict(sorted(Counter(n.op for n in calls).items())),
         meaning=_meaning(outputs, nodes, numbers, writer.inputs),
-        weights=sorted(numbers, key=numbers.__getitem__),
         blocks=writer.blocks,
     )
 

@@ -29,29 +29,28 @@ _LAYERED = re.compile(r"(.*\.)(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
-class PackageGraph:
-    """The outputs of a package's graph, by their names, and its weights."""
+class Package:
+    """The graphs of a package by the names of their files, each as its outputs by name, and the weights of all."""
 
-    outputs: list[tuple[str, Node]]
+    graphs: dict[str, list[tuple[str, Node]]]
     weights: dict[Node, Tensor]
 
 
-def exported_graph(model: Transformed, target: Target) -> PackageGraph:
-    """The graph of the package that a model is exported as for a target; the package itself is not kept.
+def exported(model: Transformed, target: Target) -> Package:
+    """The graphs of the package that a model is exported as for a target; the package itself is not kept.
 
     Raises:
         RequestError: onnx is not installed, or the target cannot express the plan.
     """
-    from kvpass.export.onnx.export import FILE
-
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package"
         model.export_onnx(package, target=target)
-        return package_graph(package / FILE)
+        return read_package(package)
 
 
-def package_graph(path: Path) -> PackageGraph:
-    """The graph of an ONNX file with its external data.
+def read_package(folder: Path) -> Package:
+    """The graphs of the ONNX files in a folder, with their external data. A weight of one name and content in several
+    files is one.
 
     Raises:
         RequestError: onnx is not installed.
@@ -60,13 +59,25 @@ def package_graph(path: Path) -> PackageGraph:
         import onnx
     except ImportError as error:
         raise RequestError("reading ONNX needs a package: onnx", fix="pip install 'kvpass[onnx]'") from error
-    graph = onnx.load(str(path)).graph
-    made: dict[str, Node] = {}
     weights: dict[Node, Tensor] = {}
-    for given in graph.input:
-        made[given.name] = Node("", [_pieces(given.name)], data=given.name not in POSITIONAL)
-    _read(graph, made, weights)
-    return PackageGraph([(v.name, made[v.name]) for v in graph.output], weights)
+    graphs = {}
+    for path in sorted(folder.glob("*.onnx")):
+        graph = onnx.load(str(path)).graph
+        made: dict[str, Node] = {}
+        for given in graph.input:
+            made[given.name] = Node("", [_pieces(given.name)], data=given.name not in POSITIONAL)
+        _read(graph, made, weights)
+        graphs[path.stem] = [(v.name, made[v.name]) for v in graph.output]
+    return Package(graphs, weights)
+
+
+def _weight(name: str, value: Tensor, weights: dict[Node, Tensor]) -> Node:
+    for node, known in weights.items():
+        if node.args[0][0] == name and known.dtype == value.dtype and torch.equal(known, value):
+            return node
+    node = Node("weight", [[name]], note=f"{dtype_text(value.dtype)}{list(value.shape)}")
+    weights[node] = value
+    return node
 
 
 def _read(graph: Any, made: dict[str, Node], weights: dict[Node, Tensor]) -> None:
@@ -79,8 +90,7 @@ def _read(graph: Any, made: dict[str, Node], weights: dict[Node, Tensor]) -> Non
 
     for tensor in graph.initializer:
         value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-        node = Node("weight", [[tensor.name]], note=f"{dtype_text(value.dtype)}{list(value.shape)}")
-        made[tensor.name], weights[node] = node, value
+        made[tensor.name] = _weight(tensor.name, value, weights)
     for call in graph.node:
         op = call.op_type if call.domain in ("", "ai.onnx") else f"{call.domain}.{call.op_type}"
         arguments: list[list[str | Index | Node]] = [[made[n]] if n else ["none"] for n in call.input]

@@ -286,14 +286,21 @@ def _program(model: Transformed, weights: Weights) -> Part:
 
 def _onnx(model: Transformed, weights: Weights, target: Target) -> Part:
     from kvpass.regression.canonical import canonical_text
-    from kvpass.regression.packages import exported_graph
+    from kvpass.regression.packages import exported
 
-    graph = exported_graph(model, target)
-    lines = {node: _weight_line(tensor, weights) for node, tensor in graph.weights.items()}
+    package = exported(model, target)
+    lines = {node: _weight_line(tensor, weights) for node, tensor in package.weights.items()}
     for node, line in lines.items():
         node.order = (line.rms or 0.0, *line.projections)
-    found = canonical_text(graph.outputs)
-    return Part(tuple(lines[n] for n in found.weights), {target: _graph(found)})
+    numbers: dict[Node, int] = {}
+    earlier: dict[str, tuple[str, ...]] = {}
+    graphs: dict[str, GraphText] = {}
+    for name, outputs in package.graphs.items():
+        entry = target if name == "model" else f"{target}-{name}"
+        found = canonical_text(outputs, (), numbers, earlier)
+        earlier |= {f"{entry} {letter}": block for letter, block in found.blocks.items()}
+        graphs[entry] = _graph(found)
+    return Part(tuple(lines[n] for n in sorted(numbers, key=numbers.__getitem__)), graphs)
 
 
 def _graph(found: Canonical) -> GraphText:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvpass.regression.canonical import Canonical, canonical_text
-from kvpass.regression.packages import package_graph
+from kvpass.regression.packages import read_package
 
 onnx = pytest.importorskip("onnx")
 
@@ -30,7 +30,7 @@ def branching(folder: Path, prefix: str, op: str = "Neg", reverse: bool = False)
     outputs = [helper.make_tensor_value_info("result", kind, [None])]
     path = folder / "model.onnx"
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs)), path)
-    return canonical_text(package_graph(path).outputs)
+    return canonical_text(read_package(folder).graphs["model"])
 
 
 def test_a_branch_that_reads_a_value_from_outside_is_part_of_the_text(tmp_path):
