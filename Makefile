@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test lint types unit install docs clean
+.PHONY: demo test lint types unit install docs goldens clean
 
 demo: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m examples.demo
@@ -32,6 +32,11 @@ unit: install
 docs: install
 	$(BIN)/python -m benchmarks.matrix --write docs/families.md
 	$(BIN)/python -m benchmarks.plans --write docs/plans.md
+
+# what the tests compare with; look at what changed before it is committed
+goldens: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/regression/test_goldens.py examples/ci --kvpass-update
+	$(BIN)/kvpass check examples/ci/kvpass-lock.toml --update
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

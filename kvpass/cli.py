@@ -1744,3 +1744,6 @@ def _size(count: int) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+import kvpass.regression.cli  # noqa: E402, F401  (its commands are made of what stands above)
