@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from kvpass.errors import RequestError, UnsupportedError
+from kvpass.export.onnx.chosen import choices_of
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
 from kvpass.export.onnx.lower import OnnxGraph, Reads, check_plan, check_program, lower, rows_kept, stored, window_kept
 from kvpass.export.onnx.standard import OPSETS, Target
 from kvpass.export.onnx.weights import attached, halve, write, write_beside
+from kvpass.export.program_folder import copy_companions
 from kvpass.ir.fixpoint import limits
 from kvpass.output import output_folder
 
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 
 Weights = Literal["int4"]
 MARKER = "kvpass-onnx.json"
-FILE, PASS, DATA = "model.onnx", "pass.onnx", "model.onnx.data"
+FILE, DATA = "model.onnx", "model.onnx.data"
+SECOND = {"pass": "pass.onnx", "prompt": "prompt.onnx"}
 FORMAT = 1
 POSITIONS = 4096  # of the tables, where the model has more
 _NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
@@ -116,7 +119,7 @@ def export_onnx(
             with clock("optimize"):
                 from kvpass.export.onnx.optimize import optimize
 
-                optimize(proto, target)
+                optimize(proto, target, packed=not model.plan.selective)  # then two graphs read equal matrices
             if weights == "int4":
                 from kvpass.export.onnx.quantize import quantize
 
@@ -124,8 +127,8 @@ def export_onnx(
                     quantize(proto)
             nodes = nodes or Counter(n.op_type for n in proto.graph.all_nodes())
             with clock("write"):
-                if reads == "pass":
-                    write_beside(proto, partial / PASS, partial / FILE)
+                if reads in SECOND:
+                    write_beside(proto, partial / SECOND[reads], partial / FILE)
                 else:
                     write(proto, partial / FILE, DATA)
                     _describe(model, graph, partial, dtype, weights)
@@ -180,55 +183,95 @@ class _Clock:
 
 def _graphs(model: Transformed) -> tuple[Reads, ...]:
     """What the graphs of a package read: where a layer reads one above it, prompts need one of their own."""
+    if model.plan.selective:
+        return "one", "prompt"
     return ("one", "pass") if model.plan.upward else ("chunks",)
 
 
-def names(owners: tuple[int, ...]) -> tuple[list[str], list[str]]:
-    """The names of a graph's inputs and outputs, as onnxruntime-genai knows them."""
-    parts = [(owner, part) for owner in owners for part in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", *(f"past_key_values.{o}.{p}" for o, p in parts)]
-    return inputs, ["logits", *(f"present.{o}.{p}" for o, p in parts)]
+def outputs_of(owners: tuple[int, ...]) -> list[str]:
+    """The names of a graph's outputs, as onnxruntime-genai knows them."""
+    return ["logits", *(f"present.{owner}.{part}" for owner in owners for part in ("key", "value"))]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An input of a graph: an example, and the names of the axes whose sizes are free. Equal names say equal sizes."""
+
+    name: str
+    example: torch.Tensor
+    axes: dict[int, str]
+
+
+def _inputs(graph: OnnxGraph, kind: torch.dtype) -> list[_Input]:
+    batch, length, past = 2, 1 if graph.reads == "one" else 5, 0 if graph.reads == "pass" else 3
+    room = past + length + 1 if graph.target == "onnx-static" or graph.reads != "chunks" else past
+    new = {0: "batch_size"} if graph.reads == "one" else {0: "batch_size", 1: "sequence_length"}
+    whole = {0: "batch_size", 1: "sequence_length" if graph.reads == "pass" else "total_sequence_length"}
+    found = [
+        _Input("input_ids", torch.zeros((batch, length), dtype=torch.long), new),
+        _Input("attention_mask", torch.ones((batch, length + past), dtype=torch.long), whole),
+    ]
+    for owner in graph.owners:
+        cache = graph.plan[owner]
+        window = window_kept(graph.plan, owner, graph.positions, graph.target)
+        fixed = sum(rows_kept(graph.plan, owner))  # rows of a cache with sinks, which never grows
+        rows = fixed or (window + 1 if window else room)
+        element, width = stored(cache, kind)
+        axes = {0: "batch_size"}
+        if not fixed:
+            axes[2] = f"past_sliding_length_{window}" if window else "past_sequence_length"
+        for part in ("key", "value"):
+            held = torch.zeros((batch, cache.kv_heads, rows, width), dtype=element)
+            found.append(_Input(f"past_key_values.{owner}.{part}", held, axes))
+    return found
+
+
+def _inputs_of_prompt(graph: OnnxGraph) -> list[_Input]:
+    """One prompt, and per ranking which of its tokens ask and how many stay."""
+    choices = choices_of(graph.plan)
+    length = 4 * len(choices) + 9  # no two sizes are equal
+    found = [_Input("input_ids", torch.zeros((1, length), dtype=torch.long), {1: "sequence_length"})]
+    for index, choice in enumerate(choices):
+        if choice.name:
+            found.append(_Input(choice.name, torch.arange(2 * index + 2), {0: choice.name}))
+        found.append(_Input(choice.kept, torch.zeros(length - 2 * index - 1, dtype=torch.long), {0: choice.kept}))
+    return found
+
+
+def _inputs_of_step(graph: OnnxGraph, kind: torch.dtype) -> list[_Input]:
+    """One token per row, caches of different lengths, where the token stands, and how many each layer holds."""
+    batch = {0: "batch_size"}
+    found = [_Input("input_ids", torch.zeros((2, 1), dtype=torch.long), batch)]
+    for index, owner in enumerate(graph.owners):
+        cache = graph.plan[owner]
+        element, width = stored(cache, kind)
+        axes = batch | {2: f"past_sequence_length_{owner}"}
+        for part in ("key", "value"):
+            held = torch.zeros((2, cache.kv_heads, index + 3, width), dtype=element)
+            found.append(_Input(f"past_key_values.{owner}.{part}", held, axes))
+    numbers = ["positions", *(f"held.{owner}" for owner in graph.owners)]
+    return found + [_Input(name, torch.zeros(2, dtype=torch.long), batch) for name in numbers]
 
 
 def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
     """The graph as an `onnx_ir.Model`; its weights stay where they are."""
     if dtype == "fp16":
         halve(graph.module)
-    batch, length, past = 2, 1 if graph.reads == "one" else 5, 0 if graph.reads == "pass" else 3
-    room = past + length + 1 if graph.target == "onnx-static" or graph.reads != "chunks" else past
-    caches = [graph.plan[owner] for owner in graph.owners]
     kind = torch.float16 if dtype == "fp16" else torch.float32
-    rings = [window_kept(graph.plan, o, graph.positions, graph.target) for o in graph.owners]
-    fixed = [sum(rows_kept(graph.plan, o)) for o in graph.owners]  # rows of caches with sinks, which never grow
-    rows = [f or (w + 1 if w else room) for w, f in zip(rings, fixed, strict=True) for _ in range(2)]
-    held = []
-    for cache, count in zip((c for c in caches for _ in range(2)), rows, strict=True):
-        element, width = stored(cache, kind)
-        held.append(torch.zeros((batch, cache.kv_heads, count, width), dtype=element))
-    # equal names say equal sizes: a past that is a window long has a name of its own
-    lengths = [f"past_sliding_length_{w}" if w else "past_sequence_length" for w in rings for _ in range(2)]
-    arguments = (
-        torch.zeros((batch, length), dtype=torch.long),
-        torch.ones((batch, length + past), dtype=torch.long),
-        *held,
-    )
+    if graph.reads == "prompt":
+        inputs = _inputs_of_prompt(graph)
+    else:
+        inputs = _inputs_of_step(graph, kind) if graph.plan.selective else _inputs(graph, kind)
     dynamic = torch.export.Dim.DYNAMIC
-    still = [f > 0 for f in fixed for _ in range(2)]
-    pasts = ({0: dynamic} if s else {0: dynamic, 2: dynamic} for s in still)
-    new = {0: "batch_size"} if graph.reads == "one" else {0: "batch_size", 1: "sequence_length"}
-    whole = {0: "batch_size", 1: "sequence_length" if graph.reads == "pass" else "total_sequence_length"}
-    shapes: Any = (dict.fromkeys(new, dynamic), dict.fromkeys(whole, dynamic), *pasts)
-    named: Any = (
-        new,
-        whole,
-        *({0: "batch_size"} if s else {0: "batch_size", 2: n} for n, s in zip(lengths, still, strict=True)),
-    )
-    inputs, outputs = names(graph.owners)
+    shapes: Any = tuple(dict.fromkeys(i.axes, dynamic) for i in inputs)
+    named: Any = tuple(i.axes for i in inputs)
     with _quiet():
-        program = torch.export.export(graph.module, arguments, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(
+            graph.module, tuple(i.example for i in inputs), dynamic_shapes=shapes, strict=False
+        )
         made = torch.onnx.export(
-            program, input_names=inputs, output_names=outputs, opset_version=OPSETS[graph.target], dynamic_shapes=named,
-            dynamo=True, optimize=False, verbose=False,
+            program, input_names=[i.name for i in inputs], output_names=outputs_of(graph.owners),
+            opset_version=OPSETS[graph.target], dynamic_shapes=named, dynamo=True, optimize=False, verbose=False,
         )  # fmt: skip
         if made is None:
             raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
@@ -272,6 +315,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str, we
         "positions": graph.positions,
         "vocab_size": facts.vocab_size,
         "passes": None if stop is None else {**asdict(stop), "owners": above},
+        "choices": [asdict(choice) for choice in choices_of(graph.plan)] if graph.plan.selective else None,
         "eos": config.get("eos_token_id"),
         "layers": [
             {
@@ -287,6 +331,9 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str, we
         "recipe": model.recipe.dump(),
     }
     (folder / MARKER).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if graph.plan.selective:  # onnxruntime-genai runs one graph for prompts and steps
+        copy_companions(facts.folder, folder)
+        return
     caches = [graph.plan[o] for o in graph.owners]
     write_genai_config(
         folder,

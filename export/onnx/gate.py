@@ -72,14 +72,16 @@ def check_written(
     """
     import onnx
 
-    from kvpass.export.onnx.export import FILE, PASS
+    from kvpass.export.onnx.export import FILE, SECOND
 
     path = folder / FILE
     if target == "ort":
         _teach_checker()
-    for file in [path, folder / PASS] if model.plan.upward else [path]:
+    for file in [path, *(folder / name for name in SECOND.values() if (folder / name).exists())]:
         onnx.checker.check_model(str(file), full_check=target != "ort")  # shapes of foreign operators it cannot infer
         lint(onnx.load(str(file), load_external_data=False), target)
+    if model.plan.selective:
+        return [asdict(check) for check in _compare_chosen(model, folder, dtype, positions)]
     _give_back()
     expected = _reference(model, positions)
     _give_back()
@@ -313,7 +315,6 @@ def _step_by_step(model: Transformed, ids: Tensor) -> Tensor:
 
 def _compare_passes(model: Transformed, folder: Path, dtype: str, positions: int) -> Check:
     """A prompt that the runner reads in passes, and steps behind it, against torch."""
-    from kvpass.export.onnx.export import PASS
     from kvpass.export.onnx.runner import OnnxModel
 
     facts = model.program.facts
@@ -331,8 +332,40 @@ def _compare_passes(model: Transformed, folder: Path, dtype: str, positions: int
     error = (torch.from_numpy(np.stack(found)) - expected).abs().max() / (expected.max() - expected.min())
     check = Check("prompts in passes", float(error), BOUNDS[dtype])
     if not check.measured <= BOUNDS[dtype]:
-        raise CheckError(f"{check.name}: logits differ from torch's by {error:.1e} of their spread", where=PASS)
+        raise CheckError(f"{check.name}: logits differ from torch's by {error:.1e} of their spread", where="pass.onnx")
     return check
+
+
+def _compare_chosen(model: Transformed, folder: Path, dtype: str, positions: int) -> list[Check]:
+    """Prompts of two lengths, of which every layer keeps its choice, and steps behind them, against torch."""
+    from kvpass.export.onnx.runner import OnnxModel
+
+    facts = model.program.facts
+    longest = max(2, min(facts.max_positions or positions, positions) - STEPS)
+    sizes = (
+        n for n in (32, 64, 128, 256, 512, 1024) if n < longest and any(k < n for k in model.plan.kept(n - 9).values())
+    )
+    length = min(2 * next(sizes, longest), longest)  # twice what is the least of which tokens are dropped
+    ids = torch.randint(0, facts.vocab_size, (2, length + STEPS), generator=torch.Generator().manual_seed(31))
+    lengths, rows = torch.tensor([max(1, length - 9), length]), torch.arange(2)
+    tokens = [ids[rows, lengths + step].unsqueeze(1) for step in range(STEPS)]
+    logits, state = model.prefill(ids[:, :length], lengths)
+    right = [logits, *(model.decode(token, state)[:, -1] for token in tokens)]
+    runner = OnnxModel.open(folder)  # not before: threads of two runtimes get in each other's way
+    found = [runner.prefill(ids[:, :length].numpy(), lengths.numpy(), capacity=length + STEPS)]
+    found += [runner.decode(token.numpy()) for token in tokens]
+    expected, given = torch.stack(right).float().cpu(), torch.from_numpy(np.stack(found))
+    allowed = BOUNDS[dtype] + max(c.format.step for c in model.plan)
+    checks = []
+    for name, part in (("prompts of two lengths", slice(0, 1)), (f"{STEPS} steps", slice(1, None))):
+        checks.append(Check(name, _apart(given[part], expected[part]), allowed))
+        if not checks[-1].measured <= allowed:
+            raise CheckError(
+                f"{name}: logits are off by {checks[-1].measured:.1e} of their spread, and {allowed:.0e} is allowed",
+                where="prompt.onnx" if part.start == 0 else "model.onnx",
+                fix="nothing was written; report it, with the model's config",
+            )
+    return checks
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from kvpass.errors import PlanError
+from kvpass.errors import PlanError, RequestError
 from kvpass.export.onnx import standard
+from kvpass.export.onnx.chosen import PromptLowering, why_not_chosen
 from kvpass.export.onnx.standard import Target
 from kvpass.export.onnx.weights import Reader, fake_mode, is_matrix, stand_in
 from kvpass.ir.attention import scored, shared_out, visible
@@ -52,7 +53,7 @@ RUNTIMES: dict[Target, str] = {
 }
 
 
-Reads = Literal["chunks", "one", "pass"]
+Reads = Literal["chunks", "one", "pass", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class OnnxGraph:
         positions: how many positions its tables have.
         target: whose operators it is made of.
         reads: the new tokens that it takes: any number ("chunks"); or, where a layer reads one above it, "one" at a
-            time, or a whole prompt again and again, from what the caches hold of the "pass" before.
+            time, or a whole prompt again and again, from what the caches hold of the "pass" before; where tokens are
+            dropped by rank, "one" and a whole "prompt" (see `kvpass.export.onnx.chosen`).
         readers: what reads the weights of which the module has only shapes, by the names that it has for them.
     """
 
@@ -85,18 +87,22 @@ def lower(
 ) -> OnnxGraph:
     """Lower a program for sequences of up to `positions` tokens; see `check_plan` for what is refused."""
     check_plan(plan, target)
-    assert plan.upward == (reads != "chunks")
     folded = fold_weights(program)
-    raise_rotary(folded, positions)
+    if reads != "prompt":
+        raise_rotary(folded, positions)
     inserted = insert_cache(folded, plan)
-    graph = folded.entries["decode"]
+    entry = "prefill" if reads == "prompt" else "decode"
+    graph = folded.entries[entry]
     tables = _hold_tables(folded, inserted, graph, positions)
-    _Lowering(folded, plan, graph, tables, positions, target, reads).run()
+    if reads == "prompt":
+        PromptLowering(folded, plan, graph, tables).run()
+    else:
+        _Lowering(folded, plan, graph, tables, positions, target, reads).run()
     used = sorted({str(n.target) for n in graph.nodes if n.op == "get_attr"})
     late = {name for name in used if is_matrix(folded.weights[name])}
     mode = fake_mode()
     tensors = {n: stand_in(folded.weights[n], mode) if n in late else _parameter(folded, n) for n in used}
-    module = to_module(folded, "decode", tensors)
+    module = to_module(folded, entry, tensors)
     readers: dict[str, Reader] = {attribute_name(name): functools.partial(folded.read, name) for name in late}
     return OnnxGraph(module, tuple(plan.owners()), plan, positions, readers, target, reads)
 
@@ -115,10 +121,14 @@ def check_plan(plan: CachePlan, target: Target = "ort") -> None:
         if reason:
             raise PlanError(f"layer {cache.layer} cannot be exported for {RUNTIMES[target]}: {reason}", fix=fix)
     if plan.selective:
-        raise PlanError(
-            f"a cache whose tokens are chosen by rank cannot be exported for {RUNTIMES[target]} yet",
-            fix="leave out EvictKV and PrunePyramid",
+        reason = (
+            why_not_chosen(plan) if target == "ort" else "which tokens stay is computed by operators of ONNX Runtime"
         )
+        if reason:
+            raise PlanError(
+                f"a cache whose tokens are chosen by rank cannot be exported for {RUNTIMES[target]}: {reason}",
+                fix="choose target ort, and a policy that only drops tokens of the prompt",
+            )
 
 
 def check_program(program: Program, target: Target = "ort") -> None:
@@ -172,7 +182,12 @@ def _parameter(program: Program, name: str) -> Tensor:
 def _hold_tables(program: Program, inserted: Inserted, graph: fx.Graph, positions: int) -> dict[str, fx.Node]:
     """Make the tables of positions weights of the graph; per input that held one, what holds it now."""
     given = {placeholder(program.forward, "input_ids"): torch.zeros((1, positions), dtype=torch.long)}
-    values = evaluate([t.node for t in inserted.tables], given, program.read)
+    try:
+        values = evaluate([t.node for t in inserted.tables], given, program.read)
+    except IndexError as error:
+        raise RequestError(
+            f"the model has learned fewer than {positions} positions", fix="export with fewer positions"
+        ) from error
     held: dict[str, fx.Node] = {}
     first = next(iter(graph.nodes))
     for table, value in zip(inserted.tables, values, strict=True):
@@ -207,6 +222,7 @@ class _Lowering:
         self.presents: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.readable: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.biases: dict[Any, fx.Node] = {}
+        self.owned: dict[int, tuple[fx.Node, fx.Node, fx.Node]] = {}  # lengths, the longest, positions of new tokens
 
     def call(self, before: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
         return insert_call(self.graph, before, target, *arguments, **options)
@@ -214,8 +230,9 @@ class _Lowering:
     def run(self) -> None:
         graph = self.graph
         anchor = self.ids
-        with graph.inserting_after(anchor):
-            self.mask = anchor = graph.placeholder("attention_mask")
+        if not self.plan.selective:
+            with graph.inserting_after(anchor):
+                self.mask = anchor = graph.placeholder("attention_mask")
         self.past: dict[int, list[fx.Node]] = {}
         for owner in self.plan.owners():
             self.past[owner] = []
@@ -223,7 +240,10 @@ class _Lowering:
                 with graph.inserting_after(anchor):
                     anchor = graph.placeholder(f"past_{owner}_{part}")
                 self.past[owner].append(anchor)
-        self._lengths()
+        if self.plan.selective:
+            self._told_lengths()
+        else:
+            self._lengths()
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ATTEND:
                 (self._attend if self.target == "ort" else self._attend_standard)(node)
@@ -240,6 +260,17 @@ class _Lowering:
             if node is not self.ids and not node.users:
                 graph.erase_node(node)
         merge_equal(graph, data=True)
+
+    def _told_lengths(self) -> None:
+        """Where layers hold different tokens, inputs say how many each holds, and where the new one stands."""
+        starts, base = self.inputs["starts"], self.inputs["base"]
+        self.places = self.call(self.body, aten.unsqueeze.default, starts, 1)
+        for user in list(base.users):
+            user.args = tuple(0 if a is base else a for a in user.args)
+        for owner in self.plan.owners():
+            held = self.call(self.body, aten._to_copy.default, self.inputs[f"fill_{owner}"], dtype=torch.int32)
+            most = self.call(self.body, aten.amax.default, held, [0])
+            self.owned[owner] = (held, self.call(self.body, aten.add.Tensor, most, 1), self.places)
 
     def _lengths(self) -> None:
         """What the operator is told of lengths, and where rows start, all from the mask."""
@@ -305,6 +336,8 @@ class _Lowering:
             attributes |= rotary
             q, k = q.args[0], k.args[0]
         dim = cache.key_dim
+        seqlens, total, numbers = self.owned[owner] if self.owned else (self.seqlens, self.total, None)
+        numbers = numbers if cos is not None else None
         query = self._packed(node, q)
         past = list(self.past[owner])
         if scales is not None:
@@ -326,7 +359,7 @@ class _Lowering:
             past = list(self.presents[owner])
         found = self.call(
             node, group_query_attention,
-            query, key, value, *past, self.seqlens, self.total, cos, sin, None, arguments[6], scales,
+            query, key, value, *past, seqlens, total, cos, sin, numbers, arguments[6], scales,
             attributes=attributes, fresh=fresh, ring=bool(window),
         )  # fmt: skip
         out = self.call(node, _item, found, 0)

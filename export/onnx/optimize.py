@@ -34,12 +34,13 @@ _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalizatio
 _SMALL = 64  # shapes, axes and scalars; anything larger is a weight and is not read
 
 
-def optimize(model: ir.Model, target: Target = "ort") -> None:
-    """Rewrite a model in place, into operators that a target has."""
+def optimize(model: ir.Model, target: Target = "ort", *, packed: bool = True) -> None:
+    """Rewrite a model in place, into operators that a target has; `packed` joins matrices that one operator reads."""
     if target == "ort":
         model.opset_imports.setdefault(CONTRIB, 1)
     for step in PASSES[target]:
-        step(model)
+        if packed or step is not _pack_projections:
+            step(model)
 
 
 # --- what a value is -----------------------------------------------------------------------------------------------
@@ -768,8 +769,22 @@ def _branch(attention: ir.Node, before: list[ir.Node], operands: Sequence[ir.Val
 # --- what remains --------------------------------------------------------------------------------------------------
 
 
+def _merge_constants(graph: ir.Graph) -> None:
+    """Equal constants once; weights that are read when they are written are left alone."""
+    known: dict[Any, ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.LazyTensor) or value.is_graph_output():
+            continue
+        key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes())
+        if key in known:
+            ir.convenience.replace_all_uses_with(value, known[key])
+        known.setdefault(key, value)
+
+
 def _clean(model: ir.Model) -> None:
     """Equal nodes once, and no traces of how the graph was captured."""
+    _merge_constants(model.graph)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)

@@ -11,7 +11,7 @@ Shapes: B batch, S tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvpass.errors import RequestError, SourceError
-from kvpass.export.onnx.export import FILE, FORMAT, MARKER, PASS
+from kvpass.export.onnx.chosen import Choice, told
+from kvpass.export.onnx.export import FILE, FORMAT, MARKER, SECOND
 
 CHUNK = 512  # tokens that one run reads of a prompt; bounds the memory of its logits
 SLACK = 16  # rows beside a window, so that rows are moved once in SLACK + 1 tokens
@@ -108,6 +109,8 @@ class OnnxModel:
         self._padding: NDArray[np.int64] = np.zeros(0, np.int64)
         self._capacity = 0
         self._passes: _Passes | None = None
+        self._choices: tuple[Any, Sequence[Choice]] | None = None
+        self._fills: dict[int, NDArray[np.int64]] = {}
 
     @classmethod
     def open(
@@ -145,8 +148,11 @@ class OnnxModel:
         made = cls(session, layers, positions, vocab_size, listed, target)
         if marker.get("passes"):
             made._passes = _Passes(
-                _session(path, list(providers or ["CPUExecutionProvider"]), threads, PASS), **marker["passes"]
+                _session(path, list(providers or ["CPUExecutionProvider"]), threads, SECOND["pass"]), **marker["passes"]
             )
+        if marker.get("choices") is not None:
+            prompts = _session(path, list(providers or ["CPUExecutionProvider"]), threads, SECOND["prompt"])
+            made._choices = prompts, tuple(Choice(**entry) for entry in marker["choices"])
         return made
 
     @property
@@ -178,6 +184,8 @@ class OnnxModel:
         tokens, counts = self._prompts(ids, lengths)
         batch, longest = tokens.shape
         self._capacity = self.positions if capacity is None else min(max(capacity, longest), self.positions)
+        if self._choices is not None:
+            return self._read_chosen(tokens, counts, *self._choices)
         self._allocate(batch)
         if self.target == "onnx":
             return self._read_padded(tokens, counts)
@@ -210,6 +218,40 @@ class OnnxModel:
             end = min(count, begin + CHUNK)
             part = tokens[row : row + 1, begin:end]
             logits = self._run(part, np.array([end]), np.array([end - begin - 1]), slice(row, row + 1))
+        return logits
+
+    def _read_chosen(
+        self, tokens: NDArray[np.int64], counts: NDArray[np.int64], prompts: Any, choices: Sequence[Choice]
+    ) -> NDArray[np.float32]:
+        """Logits [B, V] behind prompts, of which every layer keeps a choice; one at a time."""
+        owners = [layer.owner for layer in self._layers]
+        given = [told(choices, owners, int(count)) for count in counts]
+        self._fills = {owner: np.array([held[owner] for _, held in given], np.int64) for owner in owners}
+        more = self._capacity - int(counts.min())
+        self._allocate(len(tokens), {owner: int(fills.max()) + more for owner, fills in self._fills.items()})
+        found = []
+        for row, (indices, held) in enumerate(given):
+            feeds = {"input_ids": tokens[row : row + 1, : counts[row]]}
+            feeds |= {name: np.array(index, np.int64) for name, index in indices.items()}
+            logits, *presents = prompts.run(None, feeds)
+            for (name, buffer), present in zip(self._buffers.items(), presents, strict=True):
+                buffer.numpy()[row, :, : held[int(name.split(".")[0])]] = present[0]
+            found.append(logits[:, -1].astype(np.float32))
+        self._held = counts
+        return np.concatenate(found)
+
+    def _step_chosen(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits [B, V] behind one more token of each row."""
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
+        self._binding.bind_cpu_input("positions", self._held)
+        for owner, fills in self._fills.items():
+            self._binding.bind_cpu_input(f"held.{owner}", fills)
+        self._binding.bind_output("logits")
+        self.session.run_with_iobinding(self._binding)
+        value = self._binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
+        logits: NDArray[np.float32] = value.numpy()[:, -1].astype(np.float32)
+        self._held = self._held + 1
+        self._fills = {owner: fills + 1 for owner, fills in self._fills.items()}
         return logits
 
     def _read_in_passes(self, tokens: NDArray[np.int64], row: int, count: int, passes: _Passes) -> NDArray[np.float32]:
@@ -255,6 +297,8 @@ class OnnxModel:
                 f"the caches hold {self._capacity} tokens per row and are full",
                 fix=f"call prefill with a larger capacity; the model reads {self.positions} tokens at most",
             )
+        if self._choices is not None:
+            return self._step_chosen(tokens)
         self._held = self._held + 1
         if self.target == "onnx":
             return self._grow(tokens, int(self._held.max()))
@@ -379,8 +423,8 @@ class OnnxModel:
 
     # ------------------------------------------------------------------ what runs
 
-    def _allocate(self, batch: int) -> None:
-        """Caches of their own size for every layer, and one binding for steps of all rows."""
+    def _allocate(self, batch: int, rooms: Mapping[int, int] | None = None) -> None:
+        """Caches of their own size for every layer, or of the rows given, and one binding for steps of all rows."""
         from onnxruntime import OrtValue
 
         self._held = np.zeros(0, np.int64)
@@ -389,7 +433,7 @@ class OnnxModel:
         self._buffers.clear()
         self._fresh.clear()
         for layer in self._layers:
-            rows = layer.rows(self._capacity, slack)
+            rows = rooms[layer.owner] if rooms else layer.rows(self._capacity, slack)
             if self.target == "onnx" and not layer.sinks:
                 rows = 0
             shape = (batch, layer.kv_heads, rows, layer.width)
@@ -564,7 +608,11 @@ def _check_graph(session: Any, layers: Sequence[_Layer], path: Path) -> None:
     inputs = {i.name: i for i in session.get_inputs()}
     found = {n: (i.shape[1], i.shape[3]) for n, i in inputs.items() if n.startswith("past_key_values.")}
     types = {inputs[n].type for n in found}
-    if found != said or not {"input_ids", "attention_mask"} <= inputs.keys() or not types <= _KINDS.keys():
+    if (
+        found != said
+        or not ({"input_ids", "attention_mask"} <= inputs.keys() or "positions" in inputs)
+        or not types <= _KINDS.keys()
+    ):
         raise SourceError(
             "the graph has other caches than the folder says",
             where=str(path),

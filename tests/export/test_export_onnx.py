@@ -19,7 +19,7 @@ from kvpass.errors import CheckError, OutputError, PlanError, RequestError, Unsu
 from kvpass.export.onnx import export as exporting
 from kvpass.export.onnx import gate
 from kvpass.export.onnx.lower import check_plan, lower
-from kvpass.passes import EvictKV, GroupHeads, PageKV, PrunePyramid, QuantizeKV, ShareLayers, SlideWindow
+from kvpass.passes import EvictKV, GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow
 
 STATIC = QuantizeKV(8, layout="static")
 PLANS = {
@@ -147,8 +147,7 @@ def test_half_precision(tmp_path: Path, llama) -> None:
         ([SlideWindow(8, 2), QuantizeKV(4, layout="static")], "it keeps sinks"),
         ([SlideWindow(8, 0), QuantizeKV(4, layout="static")], "heads of 32 channels, not 16"),
         ([PageKV()], "pages"),
-        ([EvictKV("snapkv", keep=0.5)], "chosen by rank"),
-        ([PrunePyramid(schedule="pyramidinfer", decay=0.8)], "chosen by rank"),
+        ([EvictKV("h2o", budget=200)], "chosen by rank"),
         ([ShareLayers("cla:2"), SlideWindow((8, 0, 8, 0), (3, 0, 3, 0))], "another layer reads beyond them"),
         ([ShareLayers("cla:2"), SlideWindow((0, 8, 0, 8), (0, 3, 0, 3))], "another layer reads beyond them"),
     ],
