@@ -33,10 +33,10 @@ _SEEN = 24  # positions at which columns of tables are held against angles
 _CLOSE = 1e-3
 
 
-def raise_rotary(program: Program, positions: int) -> dict[int, str]:
+def raise_rotary(program: Program, positions: int) -> dict[int, Refusal]:
     """Rewrite `forward` in place, with tables for `positions` positions; per layer that keeps its nodes, the reason."""
     finder = SiteFinder(program)
-    left: dict[int, str] = {}
+    left: dict[int, Refusal] = {}
     made: dict[Any, tuple[fx.Node, fx.Node]] = {}
     sites = list(finder)
     found: dict[fx.Node, fx.Node] = {}
@@ -46,7 +46,7 @@ def raise_rotary(program: Program, positions: int) -> dict[int, str]:
                 if (node := site.bare(operand)) not in found:
                     found[node] = _raised(program, finder, site, operand, positions, made)
         except Refusal as refusal:
-            left[site.layer] = str(refusal)
+            left[site.layer] = refusal
     for site in sites:
         for operand in _own(site) if site.layer not in left else ():
             node, given = site.bare(operand), {"q": site.q, "k": site.k}[operand]
@@ -142,7 +142,13 @@ def _columns(finder: SiteFinder, path: Path, rotary: Rotary) -> _Angles:
                     picked.append(_Column(node, int(misses.argmin())))
                     break
             else:
-                raise Refusal("its angles stand in no table", path.target)
+                raise Refusal(
+                    "its angles stand in no table",
+                    path.target,
+                    near=f"{len(found)} of {len(rotary.frequency)} pairs have their cosines and sines in a table; the "
+                    f"next turns by {frequency:.4g} per position",
+                    fix="read cosines and sines from tensors of [positions, channels]",
+                )
         found.append((picked[0], picked[1]))
     return found
 

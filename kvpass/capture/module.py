@@ -62,13 +62,16 @@ def trace(
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()
-        raise CaptureError(
+        refused = CaptureError(
             f"torch.export could not capture {type(module).__name__}: {type(error).__name__}: "
             + " ".join(reason[:3])[:400],
             where=_source_line(error),
             fix="the model must map input_ids [batch, length] to logits [batch, length, vocabulary] without "
             "Python control flow on the values of tensors",
-        ) from error
+        )
+        refused.node, refused.source = _module_of(error, module), refused.where
+        refused.layer = layer_of(refused.node)
+        raise refused from error
     finally:
         for part in training:
             part.training = True
@@ -203,6 +206,9 @@ def _copy(
         trace_text = node.meta.get("stack_trace")
         if trace_text:
             env[node].meta["source"] = _last_frame(trace_text)
+        modules = node.meta.get("nn_module_stack")
+        if modules:
+            env[node].meta["module"] = str(list(modules.values())[-1][0]).removeprefix("module.")
     raise AssertionError("the graph has no output")
 
 
@@ -247,15 +253,32 @@ def _attribute(owner: nn.Module, path: str) -> Any:
 
 
 def _last_frame(text: str) -> str:
-    """`file:line in function: code` of the innermost frame of a stack trace."""
+    """`file:line function: code` of the innermost frame of a stack trace that is not torch's own: inside `nn.Linear`
+    stands what every model does, and who called it is what tells layers apart."""
     lines = [line.strip() for line in text.strip().splitlines()]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith("File "):
-            file, line, function = (lines[index].split(", ") + ["", ""])[:3]
-            name = file.removeprefix('File "').rstrip('"').rsplit("/", 1)[-1]
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            return f"{name}:{line.removeprefix('line ')} {function}: {code}"
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    own = [i for i in frames if "/torch/" not in lines[i]]
+    for index in (own or frames)[-1:]:
+        file, line, function = (lines[index].split(", ") + ["", ""])[:3]
+        name = file.removeprefix('File "').rstrip('"').rsplit("/", 1)[-1]
+        code = lines[index + 1] if index + 1 < len(lines) else ""
+        return f"{name}:{line.removeprefix('line ')} {function.removeprefix('in ')}: {code}"
     return ""
+
+
+def layer_of(path: str) -> int | None:
+    """The number of the layer in a module's path: `model.layers.3.mixer` -> 3."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _module_of(error: BaseException, module: nn.Module) -> str:
+    """The path of the innermost part of `module` in whose code an error arose."""
+    names = {id(part): name for name, part in module.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = names.get(id(frame.tb_frame.f_locals.get("self")), "") or found
+        frame = frame.tb_next
+    return found
 
 
 def _source_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ cache, unknown to passes that need its meaning. Everything else is refused: look
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,36 @@ MASKED = -5e3  # an added bias below this hides the key (families use -inf, the 
 
 
 @dataclass(frozen=True)
+class NearMask:
+    """The mask of the algebra that explains most of one that nothing explains.
+
+    Attributes:
+        mask: that mask.
+        agree: (query, key) entries, none later than its query, that it hides and shows as the model does.
+        entries: of so many, all heads counted.
+        head: the first entry where they differ,
+        query: by its position in the text,
+        key: and by that of the token that it reads or does not.
+        hidden: whether the model hides that entry (and the mask shows it).
+    """
+
+    mask: Mask
+    agree: int
+    entries: int
+    head: int
+    query: int
+    key: int
+    hidden: bool
+
+    def __str__(self) -> str:
+        ways = ("hides", "shows") if self.hidden else ("shows", "hides")
+        return (
+            f"{self.mask} explains {self.agree} of {self.entries} entries; first apart at head {self.head}, query "
+            f"{self.query}, key {self.key}, which the model {ways[0]} and {self.mask} {ways[1]}"
+        )
+
+
+@dataclass(frozen=True)
 class Mask:
     """A fitted mask. `tabulated` is the reason why nothing in the algebra fits; the other fields are void then."""
 
@@ -35,6 +65,7 @@ class Mask:
     slopes: tuple[float, ...] = ()
     tabulated: str = ""
     tested: int = 0  # positions up to here were tried
+    near: NearMask | str = field(default="", compare=False)  # for a tabulated one, what comes nearest
 
     def __str__(self) -> str:
         if self.tabulated:
@@ -85,7 +116,8 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     row, column = torch.arange(size).view(-1, 1), torch.arange(size)
     ahead = ~hidden & (column > row)
     if bool(ahead.any()):
-        raise _looks_ahead(layer, *ahead.nonzero()[0, 1:].tolist())
+        near = str(_nearest(~hidden, torch.arange(size)))
+        raise _looks_ahead(layer, *ahead.nonzero()[0, 1:].tolist(), near)
     if bool((hidden.all(dim=-1, keepdim=True) & (longest > -torch.inf)).any()):
         raise CaptureError(
             f"in layer {layer} a token may read nothing, and its scores are hidden by a finite number: its softmax "
@@ -95,19 +127,22 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
         )
     slopes, _ = _alibi(longest, hidden)
     if slopes is None:
-        return _tabulate(dense, "the bias added to the scores is not ALiBi", where)
+        return _tabulate(dense, "the bias added to the scores is not ALiBi", where, _nearest_slope(longest, hidden))
     if bool((hidden != hidden[:1]).any()):
-        return _tabulate(dense, "heads have different masks", where)
+        near = _nearest(~hidden, torch.arange(size))
+        return _tabulate(dense, "heads have different masks", where, near)
     fitted = _window(~hidden[0], torch.arange(size))
     if fitted is None:
-        return _tabulate(dense, "its pattern is not causal, window or sinks", where)
+        near = _nearest(~hidden, torch.arange(size))
+        return _tabulate(dense, "its pattern is not causal, window or sinks", where, near)
     strict, window, sinks = fitted
     tested = size
     numbers, further = _further(finder, sources, bias_at, longest, max_positions)
     for positions, bias in further:
         later = (bias[0] >= MASKED) & (positions > positions.view(-1, 1))
         if bool(later.any()):
-            raise _looks_ahead(layer, *positions[later.nonzero()[0, 1:]].tolist())
+            near = str(_nearest(bias[0] >= MASKED, positions, numbers))
+            raise _looks_ahead(layer, *positions[later.nonzero()[0, 1:]].tolist(), near)
         shown = bias[0, 0]
         if slopes:
             shown = shown - slopes[0] * (positions.view(1, -1) - positions.view(-1, 1))
@@ -123,7 +158,8 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
             candidates += [read[1:]] if read is not None and not window else []
         found = next((c for c in candidates if torch.equal(_predicate(positions, strict, *c), seen)), None)
         if found is None:
-            return _tabulate(dense, "its pattern changes with the length", where)
+            near = _nearest(seen.unsqueeze(0), positions, numbers)
+            return _tabulate(dense, "its pattern changes with the length", where, near)
         window, sinks = found
         tested = max(tested, int(positions[-1]) + 1)
     if max_positions is not None and window >= max_positions:
@@ -137,15 +173,16 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     return Mask(strict, window, sinks, slopes, tested=tested)
 
 
-def _looks_ahead(layer: int, query: int, key: int) -> CaptureError:
+def _looks_ahead(layer: int, query: int, key: int, near: str) -> CaptureError:
     return CaptureError(
         f"the attention of layer {layer} looks ahead: token {query} reads token {key}",
         where=f"layer {layer}",
         fix="kvpass rewrites causal decoders; a bidirectional or prefix mask cannot be cached token by token",
+        near=near,
     )
 
 
-def _tabulate(dense: dict[int, Tensor], reason: str, where: str) -> Mask:
+def _tabulate(dense: dict[int, Tensor], reason: str, where: str, near: NearMask | str) -> Mask:
     """Accept a mask that no formula fits, if it is the same for every length."""
     largest = dense[_LENGTHS[-1]]
     for length, bias in dense.items():
@@ -155,8 +192,53 @@ def _tabulate(dense: dict[int, Tensor], reason: str, where: str) -> Mask:
             raise CaptureError(
                 f"the attention mask is not understood ({reason}) and depends on the length of the sequence",
                 where=where,
+                near=str(near),
             )
-    return Mask(tabulated=reason, tested=_LENGTHS[-1])
+    return Mask(tabulated=reason, tested=_LENGTHS[-1], near=near)
+
+
+def _nearest(seen: Tensor, positions: Tensor, numbers: Iterable[int] = ()) -> NearMask:
+    """The causal mask, with a window and sinks or not, that agrees with `seen` [H|1, n, n] at most entries.
+
+    Args:
+        positions: of the n tokens.
+        numbers: windows worth trying besides those up to 24.
+    """
+    within = positions.view(1, -1) <= positions.view(-1, 1)
+    windows = [*range(1, _LENGTHS[-1] + 1), *sorted(numbers)]
+    shapes = [(0, 0), *((w, s) for w in windows for s in (0, 1, 2, 4, 8) if s < int(positions[-1]))]
+    best: tuple[int, Mask, Tensor] | None = None
+    for strict in (False, True):
+        for window, sinks in shapes:
+            apart = (_predicate(positions, strict, window, sinks) != seen) & within
+            count = int(apart.sum())
+            if best is None or count < best[0]:
+                best = count, Mask(strict, window, sinks), apart
+    assert best is not None
+    count, mask, apart = best
+    entries = int(within.sum()) * seen.shape[0]
+    ahead = seen & ~within
+    where = apart if bool(apart.any()) else ahead  # one that looks ahead may be causal in all else
+    head, query, key = (int(i) for i in where.nonzero()[0])
+    hidden = not bool(seen[head, query, key])
+    return NearMask(mask, entries - count, entries, head, int(positions[query]), int(positions[key]), hidden)
+
+
+def _nearest_slope(bias: Tensor, hidden: Tensor) -> str:
+    """How much of a bias [H, S, S] grows by one slope per key."""
+    both = ~hidden[:, :, 1:] & ~hidden[:, :, :-1]
+    steps = bias[:, :, 1:] - bias[:, :, :-1]
+    if not bool(both.any()):
+        return ""
+    shares = []
+    for head in range(bias.shape[0]):
+        observed = steps[head][both[head]]
+        slope = float(observed.median()) if observed.numel() else 0.0
+        fits = (observed - slope).abs() <= 1e-3 * max(abs(slope), 1e-3)
+        shares.append((int(fits.sum()), observed.numel(), slope))
+    fitting, of, slope = min(shares, key=lambda s: s[0] / max(1, s[1]))
+    head = shares.index((fitting, of, slope))
+    return f"ALiBi with slope {slope:.4g} explains {fitting} of {of} steps from key to key in head {head}"
 
 
 def _alibi(bias: Tensor, hidden: Tensor) -> tuple[tuple[float, ...] | None, Tensor]:
