@@ -89,7 +89,12 @@ def _arrangement(rotary: Rotary, node: fx.Node) -> bool:
         return False
     if rotary.pairs == tuple((2 * j, 2 * j + 1) for j in range(count)):
         return True
-    raise Refusal("the turning channels are not the first ones in a usual order", node)
+    raise Refusal(
+        "the turning channels are not the first ones in a usual order",
+        node,
+        near=f"its first pair are channels {rotary.pairs[0]}, where (0, {count}) or (0, 1) is usual",
+        fix="put the channels that turn first, in halves or interleaved; until then runtimes compute RoPE node by node",
+    )
 
 
 def _before(path: Path) -> tuple[fx.Node, bool]:
@@ -107,7 +112,11 @@ def _before(path: Path) -> tuple[fx.Node, bool]:
             return node, True
         if shapes[node].shape == (batch, length, heads, dim) and heads != length:
             return node, False
-    raise Refusal("what is turned is not one tensor of heads", path.target)
+    raise Refusal(
+        "what is turned is not one tensor of heads",
+        path.target,
+        fix="turn a tensor of [batch, heads, length, channels], or with heads and length exchanged",
+    )
 
 
 def _over_tokens(path: Path, node: fx.Node) -> bool:
@@ -157,7 +166,12 @@ def _flat(value: Tensor, node: fx.Node) -> Tensor:
     """A table [T, C] of a tensor with one axis of T positions and one of columns."""
     shape = [n for n in value.shape if n != 1]
     if len(shape) != 2 or shape[0] != value.shape[-2]:
-        raise Refusal("a table of angles has other axes than positions and channels", node)
+        raise Refusal(
+            "a table of angles has other axes than positions and channels",
+            node,
+            near=f"it is {list(value.shape)} for {_SEEN} positions",
+            fix="read cosines and sines from tensors of [positions, channels]",
+        )
     return value.reshape(shape)
 
 
@@ -224,4 +238,9 @@ def _check(
     x = before if turned else before.transpose(1, 2)
     error = (rotary_reference(x, cos, sin, interleaved=interleaved) - after).abs().max() / after.abs().max()
     if float(error) > 1e-5:
-        raise Refusal("it is turned in another way than RoPE turns", path.target)
+        raise Refusal(
+            "it is turned in another way than RoPE turns",
+            path.target,
+            near=f"kvpass::rotary with its tables is off by {float(error):.1e} of the operand's size, 1e-05 is allowed",
+            fix="compute x cos + rotate(x) sin with the tables as they are",
+        )

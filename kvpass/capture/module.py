@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ def trace(
     module.eval()
     try:
         # where it gives up, export prints the whole graph; the error that is raised below says what matters
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), _code_lines():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 wrapped,
@@ -80,6 +82,29 @@ def trace(
             warnings.simplefilter("ignore")
             exported = exported.run_decompositions({})  # the same ops, each writing a tensor of its own
     return _tidy(exported, module)
+
+
+@contextlib.contextmanager
+def _code_lines() -> Iterator[None]:
+    """Nodes captured inside keep the lines of functions, too: left alone, export keeps those of methods `forward`, and
+    a helper that turns queries and one that masks scores look like the line that calls them."""
+    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+    def kept(self: fx.proxy.TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
+        first = next((i for i, frame in enumerate(frames) if frame.name == "forward"), len(frames))
+        own = [frame for frame in frames[first:] if not frame.filename.startswith(foreign)]
+        return traceback.StackSummary.from_list(own)
+
+    tracer: Any = fx.proxy.TracerBase
+    original = getattr(tracer, "_filter_traceback_frames", None)
+    if original is None:  # private to torch: without it, lines are coarser
+        yield
+        return
+    tracer._filter_traceback_frames = kept
+    try:
+        yield
+    finally:
+        tracer._filter_traceback_frames = original
 
 
 class _Wrapper(nn.Module):
@@ -253,12 +278,10 @@ def _attribute(owner: nn.Module, path: str) -> Any:
 
 
 def _last_frame(text: str) -> str:
-    """`file:line function: code` of the innermost frame of a stack trace that is not torch's own: inside `nn.Linear`
-    stands what every model does, and who called it is what tells layers apart."""
+    """`file:line function: code` of the innermost frame of a stack trace."""
     lines = [line.strip() for line in text.strip().splitlines()]
     frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    own = [i for i in frames if "/torch/" not in lines[i]]
-    for index in (own or frames)[-1:]:
+    for index in frames[-1:]:
         file, line, function = (lines[index].split(", ") + ["", ""])[:3]
         name = file.removeprefix('File "').rstrip('"').rsplit("/", 1)[-1]
         code = lines[index + 1] if index + 1 < len(lines) else ""
@@ -282,7 +305,5 @@ def _module_of(error: BaseException, module: nn.Module) -> str:
 
 
 def _source_line(error: BaseException) -> str:
-    import traceback
-
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""

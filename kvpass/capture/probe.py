@@ -21,6 +21,7 @@ from kvpass.ir.sites import SiteFinder
 
 _BATCH = 2
 _LENGTHS = (1, 2, 3, 7, 24)
+_WORTH = 0.02
 _LONGEST = 2304  # dense evaluation stops here: a [2304, 2304] mask
 MASKED = -5e3  # an added bias below this hides the key (families use -inf, the dtype's minimum, or -1e4)
 
@@ -200,28 +201,33 @@ def _tabulate(dense: dict[int, Tensor], reason: str, where: str, near: NearMask 
 def _nearest(seen: Tensor, positions: Tensor, numbers: Iterable[int] = ()) -> NearMask:
     """The causal mask, with a window and sinks or not, that agrees with `seen` [H|1, n, n] at most entries.
 
+    A window, and sinks, must each explain `_WORTH` of the entries more than the mask without, for numbers that are
+    free to choose always explain a few.
+
     Args:
         positions: of the n tokens.
         numbers: windows worth trying besides those up to 24.
     """
+    if bool((seen == seen[:1]).all()):
+        seen = seen[:1]
     within = positions.view(1, -1) <= positions.view(-1, 1)
+    entries = int(within.sum()) * seen.shape[0]
     windows = [*range(1, _LENGTHS[-1] + 1), *sorted(numbers)]
     shapes = [(0, 0), *((w, s) for w in windows for s in (0, 1, 2, 4, 8) if s < int(positions[-1]))]
-    best: tuple[int, Mask, Tensor] | None = None
+    best: tuple[float, Mask, Tensor] | None = None
     for strict in (False, True):
         for window, sinks in shapes:
             apart = (_predicate(positions, strict, window, sinks) != seen) & within
-            count = int(apart.sum())
-            if best is None or count < best[0]:
-                best = count, Mask(strict, window, sinks), apart
+            cost = int(apart.sum()) + _WORTH * entries * ((window > 0) + (sinks > 0))
+            if best is None or cost < best[0]:
+                best = cost, Mask(strict, window, sinks), apart
     assert best is not None
-    count, mask, apart = best
-    entries = int(within.sum()) * seen.shape[0]
+    _, mask, apart = best
     ahead = seen & ~within
     where = apart if bool(apart.any()) else ahead  # one that looks ahead may be causal in all else
     head, query, key = (int(i) for i in where.nonzero()[0])
     hidden = not bool(seen[head, query, key])
-    return NearMask(mask, entries - count, entries, head, int(positions[query]), int(positions[key]), hidden)
+    return NearMask(mask, entries - int(apart.sum()), entries, head, int(positions[query]), int(positions[key]), hidden)
 
 
 def _nearest_slope(bias: Tensor, hidden: Tensor) -> str:

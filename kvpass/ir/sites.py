@@ -319,15 +319,10 @@ class SiteFinder:
             raise Refusal(
                 f"it comes from {len(found)} projections ({names}), not one",
                 node,
-                near="; ".join(f"{p.node.name} at {source_of(p.node)}" for p in in_order_of(found)[:4]),
+                near="; ".join(f"{n.name} at {source_of(n)}" for n in in_order(found)[:4]),
                 fix="compute it with one linear layer; two without anything between them can be multiplied into one",
             )
         return next(iter(found.values()))
-
-
-def in_order_of(found: dict[fx.Node, Projection]) -> list[Projection]:
-    """Projections in the order of the graph."""
-    return [found[node] for node in in_order(found)]
 
 
 def reached_from(starts: Iterable[fx.Node]) -> set[fx.Node]:
