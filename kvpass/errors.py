@@ -52,6 +52,7 @@ class CaptureError(RequestError):
         node: in the graph, by name.
         source: `file.py:line function: code` of that node in the model's code.
         near: what came nearest to a match.
+        captured: whether there is a graph, of which other layers can be asked.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "", near: str = "") -> None:
@@ -60,6 +61,7 @@ class CaptureError(RequestError):
         self.layer: int | None = None
         self.node = ""
         self.source = ""
+        self.captured = False
 
 
 class UnsupportedError(RequestError):

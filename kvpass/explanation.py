@@ -161,7 +161,9 @@ def _seen(source: Source | Transformed, dtype: torch.dtype | None) -> _Seen:
             return _whole(load(source, device="cpu").program)
     try:
         return _whole(capture(source, dtype, weights=False))
-    except CaptureError:
+    except CaptureError as error:
+        if not error.captured:
+            raise
         found: Survey = survey(source, dtype)
         if not found.refused:
             raise

@@ -137,7 +137,7 @@ def _columns(finder: SiteFinder, path: Path, rotary: Rotary) -> _Angles:
     )
     values = [_flat(v, path.target) for v in finder.run(sources, {}, 1, _SEEN)]
     time = torch.arange(_SEEN, dtype=torch.float64)
-    found = []
+    found: _Angles = []
     for frequency in rotary.frequency:
         picked: list[_Column] = []
         for wave in (torch.cos(time * frequency), torch.sin(time * frequency)):

@@ -90,6 +90,7 @@ def _without_attention(program: Program) -> dict[int, CaptureError]:
             f"layer {layer} has no attention: nothing in it keeps keys and values",
             where=f"layer {layer}: {node.meta['module']}",
             fix="kvpass rewrites models whose layers all attend; a state-space or a convolution layer has no KV cache",
+            near=f"{program.facts.layers} of {program.facts.expected_sites} layers attend",
         )
         error.layer, error.node, error.source = layer, node.name, source_of(node)
         found[layer] = error
@@ -97,17 +98,22 @@ def _without_attention(program: Program) -> dict[int, CaptureError]:
 
 
 def _layers_missing(program: Program) -> dict[int, fx.Node]:
-    """Layers in whose modules no attention stands, where modules are numbered as layers: with their first node."""
+    """Layers in whose modules no attention stands, where modules are numbered as layers: with the node that mixes
+    their tokens, where it is a convolution or a cumulative sum, else their first."""
     first: dict[int, fx.Node] = {}
     for node in program.forward.nodes:
         layer = layer_of(str(node.meta.get("module", "")))
-        if layer is not None:
-            first.setdefault(layer, node)
+        if layer is not None and (layer not in first or (_mixes(node) and not _mixes(first[layer]))):
+            first[layer] = node
     sites = {layer_of(str(n.meta.get("module", ""))) for n in program.forward.nodes if n.target is ATTENTION}
     expected = program.facts.expected_sites
     if expected is None or set(first) != set(range(expected)) or not sites <= set(first):
         return {}
     return {layer: node for layer, node in sorted(first.items()) if layer not in sites}
+
+
+def _mixes(node: fx.Node) -> bool:
+    return any(word in str(node.target) for word in ("conv", "cumsum"))
 
 
 def _capture_module(module: nn.Module, refused: dict[int, CaptureError] | None = None) -> Program:
@@ -236,12 +242,14 @@ def _finish(program: Program, refused: dict[int, CaptureError] | None = None) ->
 
 
 def _miscounted(program: Program, found: int) -> CaptureError:
-    return CaptureError(
+    error = CaptureError(
         f"{found} attention sites were found in a model of {program.facts.expected_sites} layers",
         where=program.facts.family,
         fix="a layer's attention is spelled in a way that kvpass does not recognise, or has none; "
         "please report the family",
     )
+    error.captured = found > 0
+    return error
 
 
 def _check_logits(program: Program) -> None:
@@ -249,11 +257,17 @@ def _check_logits(program: Program) -> None:
         try:
             value = program.shapes("forward", batch, length)[output_node(program.forward)]
         except Exception as error:
-            raise CaptureError(
+            notes = "\n".join(getattr(error, "__notes__", []))
+            refused = CaptureError(
                 f"the captured graph does not run on a batch of {batch} and a length of {length}: {error}",
-                where="\n".join(getattr(error, "__notes__", [])),
+                where=notes,
                 fix="the model's code fixes a size; look for Python numbers made from a tensor's shape",
-            ) from error
+            )
+            node = next((n for n in program.forward.nodes if f"%{n.name} :" in notes), None)
+            if node is not None:
+                refused.layer = layer_of(str(node.meta.get("module", "")))
+                refused.node, refused.source = node.name, source_of(node)
+            raise refused from error
         if not isinstance(value, Tensor) or value.dim() != 3 or tuple(value.shape[:2]) != (batch, length):
             raise CaptureError(
                 f"the model maps input_ids [{batch}, {length}] to {tuple(getattr(value, 'shape', ()))}, "

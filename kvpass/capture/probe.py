@@ -22,6 +22,7 @@ from kvpass.ir.sites import SiteFinder
 _BATCH = 2
 _LENGTHS = (1, 2, 3, 7, 24)
 _WORTH = 0.02
+_TRIED = 256  # positions at which candidates are compared
 _LONGEST = 2304  # dense evaluation stops here: a [2304, 2304] mask
 MASKED = -5e3  # an added bias below this hides the key (families use -inf, the dtype's minimum, or -1e4)
 
@@ -34,7 +35,7 @@ class NearMask:
         mask: that mask.
         agree: (query, key) entries, none later than its query, that it hides and shows as the model does.
         entries: of so many, all heads counted.
-        head: the first entry where they differ,
+        head: the first entry where they differ (-1 where they do not),
         query: by its position in the text,
         key: and by that of the token that it reads or does not.
         hidden: whether the model hides that entry (and the mask shows it).
@@ -43,12 +44,14 @@ class NearMask:
     mask: Mask
     agree: int
     entries: int
-    head: int
-    query: int
-    key: int
-    hidden: bool
+    head: int = -1
+    query: int = -1
+    key: int = -1
+    hidden: bool = False
 
     def __str__(self) -> str:
+        if self.head < 0:
+            return f"{self.mask} explains all {self.entries} entries there, and not those at other positions"
         ways = ("hides", "shows") if self.hidden else ("shows", "hides")
         return (
             f"{self.mask} explains {self.agree} of {self.entries} entries; first apart at head {self.head}, query "
@@ -117,8 +120,8 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     row, column = torch.arange(size).view(-1, 1), torch.arange(size)
     ahead = ~hidden & (column > row)
     if bool(ahead.any()):
-        near = str(_nearest(~hidden, torch.arange(size)))
-        raise _looks_ahead(layer, *ahead.nonzero()[0, 1:].tolist(), near)
+        query, key = ahead.nonzero()[0, 1:].tolist()
+        raise _looks_ahead(layer, query, key, _nearest(~hidden, torch.arange(size)))
     if bool((hidden.all(dim=-1, keepdim=True) & (longest > -torch.inf)).any()):
         raise CaptureError(
             f"in layer {layer} a token may read nothing, and its scores are hidden by a finite number: its softmax "
@@ -142,8 +145,8 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     for positions, bias in further:
         later = (bias[0] >= MASKED) & (positions > positions.view(-1, 1))
         if bool(later.any()):
-            near = str(_nearest(bias[0] >= MASKED, positions, numbers))
-            raise _looks_ahead(layer, *positions[later.nonzero()[0, 1:]].tolist(), near)
+            query, key = positions[later.nonzero()[0, 1:]].tolist()
+            raise _looks_ahead(layer, query, key, _nearest(bias[0] >= MASKED, positions, numbers))
         shown = bias[0, 0]
         if slopes:
             shown = shown - slopes[0] * (positions.view(1, -1) - positions.view(-1, 1))
@@ -174,12 +177,12 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     return Mask(strict, window, sinks, slopes, tested=tested)
 
 
-def _looks_ahead(layer: int, query: int, key: int, near: str) -> CaptureError:
+def _looks_ahead(layer: int, query: int, key: int, near: NearMask) -> CaptureError:
     return CaptureError(
         f"the attention of layer {layer} looks ahead: token {query} reads token {key}",
         where=f"layer {layer}",
         fix="kvpass rewrites causal decoders; a bidirectional or prefix mask cannot be cached token by token",
-        near=near,
+        near=str(near),
     )
 
 
@@ -210,22 +213,29 @@ def _nearest(seen: Tensor, positions: Tensor, numbers: Iterable[int] = ()) -> Ne
     """
     if bool((seen == seen[:1]).all()):
         seen = seen[:1]
-    within = positions.view(1, -1) <= positions.view(-1, 1)
-    entries = int(within.sum()) * seen.shape[0]
+    some = torch.linspace(0, len(positions) - 1, min(len(positions), _TRIED)).long()
+    fewer, few = seen[:, some][:, :, some], positions[some]
+    within, past = (p.view(1, -1) <= p.view(-1, 1) for p in (positions, few))
     windows = [*range(1, _LENGTHS[-1] + 1), *sorted(numbers)]
     shapes = [(0, 0), *((w, s) for w in windows for s in (0, 1, 2, 4, 8) if s < int(positions[-1]))]
-    best: tuple[float, Mask, Tensor] | None = None
+    best: tuple[float, Mask] | None = None
     for strict in (False, True):
         for window, sinks in shapes:
-            apart = (_predicate(positions, strict, window, sinks) != seen) & within
-            cost = int(apart.sum()) + _WORTH * entries * ((window > 0) + (sinks > 0))
+            missed = int(((_predicate(few, strict, window, sinks) != fewer) & past).sum())
+            cost = missed + _WORTH * int(past.sum()) * seen.shape[0] * ((window > 0) + (sinks > 0))
             if best is None or cost < best[0]:
-                best = cost, Mask(strict, window, sinks), apart
+                best = cost, Mask(strict, window, sinks)
     assert best is not None
-    _, mask, apart = best
+    mask = best[1]
+    apart = (_predicate(positions, mask.strict, mask.window, mask.sinks) != seen) & within
+    entries = int(within.sum()) * seen.shape[0]
     ahead = seen & ~within
-    where = apart if bool(apart.any()) else ahead  # one that looks ahead may be causal in all else
-    head, query, key = (int(i) for i in where.nonzero()[0])
+    first = [*apart.nonzero().tolist(), *ahead.nonzero()[:1].tolist()][
+        :1
+    ]  # looking ahead, it may be causal in all else
+    if not first:
+        return NearMask(mask, entries, entries)
+    head, query, key = first[0]
     hidden = not bool(seen[head, query, key])
     return NearMask(mask, entries - int(apart.sum()), entries, head, int(positions[query]), int(positions[key]), hidden)
 

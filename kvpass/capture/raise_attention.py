@@ -74,6 +74,7 @@ def _at(layer: int, node: fx.Node) -> Iterator[None]:
     try:
         yield
     except CaptureError as error:
+        error.captured = True
         if error.layer is None:
             error.layer, error.node, error.source = layer, node.name, source_of(node)
         raise

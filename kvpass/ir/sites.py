@@ -527,7 +527,8 @@ class Path:
                 f"{int(apart.amax(dim=(0, 2)).argmax())}",
                 fix="turn all heads of a layer by the same angles",
             )
-        pairs, free, frequency, scale = [], [], [], 1.0
+        pairs: list[tuple[int, int]] = []
+        free, frequency, scale = [], [], 1.0
         first = turn[1]
         taken: set[int] = set()
         for i in range(dim):
