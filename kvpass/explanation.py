@@ -273,8 +273,8 @@ def _rows(operand: Literal["q", "k", "v"]) -> Callable[[_Seen, AttentionSite], s
     def fact(seen: _Seen, site: AttentionSite) -> str:
         path = site.path(operand)
         stored = ", stored transposed" if path.projection.transposed else ""
-        whole = f" of the {path.row_count} rows of {_weight_name(path.projection.weight)}"
-        return _row_words(path.rows) + whole + stored
+        words = _row_words(path.rows)
+        return f"{_weight_name(path.projection.weight)}: {words} of {path.row_count} rows{stored}"
 
     return fact
 
@@ -293,10 +293,12 @@ def _row_words(rows: Tensor) -> str:
     strides = own[1:, 0] - own[:-1, 0]
     stride = int(strides[0]) if len(own) > 1 else 0
     if bool((steps == step).all()) and bool((strides == stride).all()):
-        apart = "" if step == 1 else f", a channel every {step} rows"
-        sign = "-" if stride < 0 else "+"
-        return f"interleaved, {dim} rows from row {first} {sign} {abs(stride)} h for head h{apart}{each}"
-    return f"permuted{each}, head 0 from rows {_listed([int(r) for r in own[0]])}"
+        terms = "".join(
+            f" {'-' if n < 0 else '+'} {f'{abs(n)} ' if abs(n) > 1 else ''}{index}"
+            for n, index in ((stride, "h"), (step, "c"))
+        )
+        return f"{first}{terms} for channel c of head h{each}"
+    return f"{_listed([int(r) for r in own[0]])} for head 0{each}"
 
 
 def _listed(numbers: list[int], most: int = 6) -> str:
@@ -318,7 +320,7 @@ def _repeated(rows: Tensor, count: int) -> Tensor:
 def _output(seen: _Seen, site: AttentionSite) -> str:
     found = site.output
     name = _weight_name(found.projection.weight)
-    return _row_words(found.columns).replace("row ", "column ").replace("rows ", "columns ") + f", columns of {name}"
+    return f"{name}: {_row_words(found.columns)} of {found.columns.numel()} columns"
 
 
 def _weight_name(node: fx.Node) -> str:
@@ -440,8 +442,9 @@ def _ask_group(seen: _Seen) -> Verdict:
         if site.kv_heads > 1:
             rewire(program, sites[site.layer], 1)
         counts = [str(n) for n in range(1, site.kv_heads + 1) if site.kv_heads % n == 0]
-        freedom = "scale and phase" if basis.magnitude and basis.phase else ("phase" if basis.phase else "neither")
-        return {"may become": f"{', '.join(counts)} KV heads", "a RoPE pair of keys may change in": freedom}
+        freedom = [word for word, free in (("scale", basis.magnitude), ("phase", basis.phase)) if free]
+        keys = f"each RoPE pair in {' and '.join(freedom)}" if freedom else "no pair: the norm stands against it"
+        return {"may become": f"{', '.join(counts)} KV heads", "keys may turn": keys}
 
     return verdict
 
@@ -683,7 +686,7 @@ def _runs(found: list[Explanation]) -> Iterator[tuple[str, Explanation]]:
 
 def _numberless(each: Explanation) -> Explanation:
     def plain(text: str) -> str:
-        return re.sub(rf"\blayer {each.layer}\b", "layer *", re.sub(rf"\.{each.layer}\.", ".*.", text))
+        return re.sub(rf"\blayer {each.layer}\b", "this layer", re.sub(rf"\.{each.layer}\.", ".*.", text))
 
     facts = tuple(Fact(f.name, plain(f.value)) for f in each.evidence)
     return replace(each, layer=0, evidence=facts, reason=plain(each.reason), node="", near_miss="")

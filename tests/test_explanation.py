@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig
 from typer.testing import CliRunner, Result
 
 import decoders
 import families
 import kvpass
+from examples.odd_layer import Decoder
 from kvpass import cli
 from kvpass.errors import CaptureError, RequestError
 from kvpass.explanation import EXPLAINED, Explanation, table
 from kvpass.recipe import PASSES
 
 VOCAB, DIM, HEADS, SIZE = 61, 32, 4, 8
+ROOT = Path(__file__).parent.parent
 LINES = Path(__file__).read_text(encoding="utf-8").splitlines()
 
 
@@ -146,7 +150,7 @@ def test_a_layer_that_capture_refuses_leaves_the_others_explained() -> None:
     assert (miss.failed, "mask is not understood" in miss.reason) == ("capture", True)
     assert miss.near_miss.startswith("causal explains 216 of 300 entries; first apart at head 0, query 3, key 2")
     assert line_of("every third key").split(":")[0] in miss.source
-    assert facts(miss)["k rows"].startswith("0..31 in order of heads")
+    assert facts(miss)["k rows"] == "blocks.2.k.weight: 0..31 in order of heads of 32 rows"
     assert "mask" not in facts(miss), "what stands in for a refused mask was told as evidence"
 
 
@@ -166,7 +170,7 @@ def test_a_pair_that_does_not_rotate_is_told_with_the_rotation_nearest_to_it(nam
     assert miss.source.startswith(line_of("no rotation"))
     assert miss.near_miss.startswith("channels 1 and 5 are mixed by (")
     assert miss.near_miss.endswith("is off by 0.025; 1 pairs before it rotate")
-    assert facts(miss)["k rows" if name != "raise-rotary" else "RoPE of q"] if name != "raise-rotary" else True
+    assert ("k rows" in facts(miss)) == (name != "raise-rotary")
     assert facts(found[0])["RoPE of k"] == "4 pairs, half, in all 8 channels, frequencies 1 to 0.001 per position"
 
 
@@ -196,11 +200,9 @@ def test_a_fused_projection_in_an_odd_order_matches_and_its_map_is_shown() -> No
     found = kvpass.explain(Model(order=1), "group-heads")
     assert all(e.matched for e in found)
     assert [facts(found[1])[f"{o} rows"] for o in "qkv"] == [
-        f"interleaved, 8 rows from row {first} - 1 h for head h, a channel every 12 rows of the 96 rows of "
-        "blocks.1.qkv.weight"
-        for first in (11, 7, 3)
+        f"blocks.1.qkv.weight: {first} - h + 12 c for channel c of head h of 96 rows" for first in (11, 7, 3)
     ]
-    assert facts(found[0])["k rows"] == "0..31 in order of heads of the 32 rows of blocks.0.k.weight"
+    assert facts(found[0])["k rows"] == "blocks.0.k.weight: 0..31 in order of heads of 32 rows"
     assert facts(found[1])["may become"] == "1, 2, 4 KV heads"
 
 
@@ -210,6 +212,23 @@ def test_a_layer_that_export_gives_up_at_is_named_alone() -> None:
     assert found.source.startswith(line_of("a branch").strip())
     with pytest.raises(CaptureError):
         kvpass.explain(Model(branch=2), "group-heads", layer=1)
+
+
+def test_layers_without_attention_are_named_and_the_others_match() -> None:
+    config = Lfm2Config(
+        **families.LLAMA | {"num_hidden_layers": 3}, layer_types=["full_attention", "conv", "full_attention"]
+    )
+    miss = the_miss(kvpass.explain(Lfm2ForCausalLM(config).eval(), "quantize-kv"), 1)
+    assert miss.reason == "layer 1 has no attention: nothing in it keeps keys and values"
+    assert "F.conv1d" in miss.source
+    assert miss.near_miss == "2 of 3 layers attend"
+
+
+def test_a_state_space_layer_is_named_with_its_line(tmp_path: Path) -> None:
+    MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=2).save_pretrained(tmp_path)
+    (found,) = kvpass.explain(str(tmp_path), "group-heads")
+    assert (found.layer, found.matched) == (0, False)
+    assert "modeling_mamba.py:" in found.source
 
 
 # ---------------------------------------------------------------------- families
@@ -246,7 +265,7 @@ def test_latent_attention_is_told_with_both_projections_and_their_lines() -> Non
     assert [e.layer for e in found] == [1]
     assert found[0].failed == "k rows"
     assert found[0].near_miss.count("modeling_deepseek_v3.py:") == 2
-    assert facts(found[0])["v rows"].startswith("interleaved, 12 rows from row 8 + 20 h for head h")
+    assert facts(found[0])["v rows"].endswith("kv_b_proj.weight: 8 + 20 h + c for channel c of head h of 80 rows")
     assert "layers 0-2: NOT matched (k rows)" in table(kvpass.explain(families.build("deepseek_v3"), "group-heads"))
 
 
@@ -261,7 +280,7 @@ def test_the_command_prints_layers_that_say_the_same_together(llama: str) -> Non
     said = run(llama, "--pass", "group-heads")
     assert said.exit_code == 0, said.output
     assert said.stdout.startswith("layers 0-1: matched\n")
-    assert "of the 16 rows of model.layers.*.self_attn.k_proj.weight" in said.stdout
+    assert "model.layers.*.self_attn.k_proj.weight: 0..15 in order of heads of 16 rows" in said.stdout
     assert said.stdout.endswith("2 of 2 layers match\n")
     assert max(map(len, said.stdout.splitlines())) <= 120
 
@@ -294,3 +313,11 @@ def test_a_layer_or_a_pass_that_does_not_exist_is_refused(llama: str) -> None:
     assert (unknown.exit_code, "give group-heads, share-layers" in unknown.output) == (2, True)
     with pytest.raises(RequestError, match="no pass 'no-such-pass' to explain"):
         kvpass.explain(llama, "no-such-pass")
+
+
+def test_the_document_shows_what_the_commands_print() -> None:
+    text = (ROOT / "docs" / "explain.md").read_text(encoding="utf-8")
+    example, command = re.findall(r"```text\n(.*?)```", text, re.S)
+    assert example == table(kvpass.explain(Decoder(), "slide-window")) + "\n"
+    said = run(str(ROOT / "examples" / "bookworm"), "--pass", "group-heads", "--layer", "3")
+    assert (said.exit_code, said.stdout) == (0, command)

@@ -230,9 +230,8 @@ def _nearest(seen: Tensor, positions: Tensor, numbers: Iterable[int] = ()) -> Ne
     apart = (_predicate(positions, mask.strict, mask.window, mask.sinks) != seen) & within
     entries = int(within.sum()) * seen.shape[0]
     ahead = seen & ~within
-    first = [*apart.nonzero().tolist(), *ahead.nonzero()[:1].tolist()][
-        :1
-    ]  # looking ahead, it may be causal in all else
+    # one that looks ahead may be causal in all else
+    first = [*apart.nonzero()[:1].tolist(), *ahead.nonzero()[:1].tolist()]
     if not first:
         return NearMask(mask, entries, entries)
     head, query, key = first[0]
