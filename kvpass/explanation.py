@@ -296,6 +296,7 @@ def _row_words(rows: Tensor) -> str:
         terms = "".join(
             f" {'-' if n < 0 else '+'} {f'{abs(n)} ' if abs(n) > 1 else ''}{index}"
             for n, index in ((stride, "h"), (step, "c"))
+            if n
         )
         return f"{first}{terms} for channel c of head h{each}"
     return f"{_listed([int(r) for r in own[0]])} for head 0{each}"
