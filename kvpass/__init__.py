@@ -21,16 +21,18 @@ _LAZY = {
     "transform": "kvpass.api",
     "plan": "kvpass.api",
     "inspect": "kvpass.api",
+    "explain": "kvpass.explanation",
     "load": "kvpass.export.program_folder",
     "Recipe": "kvpass.recipe",
 }
 
 if TYPE_CHECKING:
     from kvpass.api import inspect, plan, transform
+    from kvpass.explanation import explain
     from kvpass.export.program_folder import load
     from kvpass.recipe import Recipe
 
-__all__ = ["KvpassError", "Recipe", "inspect", "load", "plan", "transform"]
+__all__ = ["KvpassError", "Recipe", "explain", "inspect", "load", "plan", "transform"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,11 @@ import torch
 from kvpass.calibration import WINDOW, Calibration, token_stream, windows
 from kvpass.capture import Source, capture
 from kvpass.errors import PlanError, RequestError, UnsupportedError
+from kvpass.explanation import lowered
 from kvpass.ir.check import plan_of
 from kvpass.ir.check import verify as verify_program
 from kvpass.ir.cost import PromptCost, prompt_cost
 from kvpass.ir.fixpoint import limits
-from kvpass.ir.fold import fold_weights
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program
 from kvpass.ir.sites import Refusal, SiteFinder
@@ -26,7 +26,7 @@ from kvpass.passes.base import Context, Pass
 from kvpass.passes.evict_kv import EvictKV
 from kvpass.passes.prune_pyramid import PrunePyramid
 from kvpass.recipe import Recipe
-from kvpass.runtime.executor import Backend, choose_backend, require_triton
+from kvpass.runtime.executor import Backend, choose_backend
 from kvpass.runtime.transformed import Transformed
 from kvpass.verification import check_cache, check_finite, check_tokens_apart
 
@@ -136,14 +136,7 @@ def explain_lowering(source: Source | Transformed) -> list[Lowered]:
     Raises:
         RequestError: Triton is not installed.
     """
-    require_triton()
-    from kvpass.passes.insert_cache import insert_cache
-    from kvpass.passes.lower_attention import lower_attention
-
-    program = source.program if isinstance(source, Transformed) else capture(source, weights=False)
-    folded, layers = fold_weights(program), plan_of(program)
-    insert_cache(folded, layers)
-    return lower_attention(folded, layers)[1]
+    return lowered(source.program if isinstance(source, Transformed) else capture(source, weights=False))
 
 
 @dataclass(frozen=True)

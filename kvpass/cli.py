@@ -487,30 +487,41 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
 def explain(
     model: ModelArgument,
     name: Annotated[
-        str, typer.Option("--pass", metavar="NAME", help="lower-attention: which kernels run where, and why not.")
+        str,
+        typer.Option(
+            "--pass",
+            metavar="NAME",
+            help="As in recipes, or lower-attention (which kernels run where) or raise-rotary.",
+        ),
     ],
     layer: Annotated[int | None, typer.Option("--layer", min=0, help="One layer alone.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a pass does at each layer, and why not where it does nothing. No weight is read."""
+    """Say at which layers a pass matches, by which evidence, and what is missing where it does not.
+
+    A miss comes with the nearest match, the node, its line in the model's code and what to change. No weight is read.
+    """
     with _session(as_json) as out:
-        if name != "lower-attention":
-            raise RequestError(f"{name!r} cannot be explained", where="--pass", fix="give lower-attention")
+        from kvpass import explanation
+
+        explanation.check_name(name)
         source = _source(model, "cpu", None)
-
-        from kvpass import api
-
         with _hushed():
-            choices = api.explain_lowering(source)
-        layers = 1 + max(c.layer for c in choices)
-        if layer is not None and layer >= layers:
-            raise RequestError(f"there is no layer {layer}", where="--layer", fix=f"the model has {layers} layers")
-        chosen = [c for c in choices if layer is None or c.layer == layer]
-        out.document = {"model": model, "pass": name, "choices": [asdict(c) for c in chosen]}
-        if not as_json:
-            from kvpass.passes.lower_attention import table
+            found = explanation.explain(source, name, layer)
+        out.document = {
+            "model": model,
+            "pass": name,
+            "matched": sum(e.matched for e in found),
+            "layers": [asdict(e) for e in found],
+        }
+        if as_json and name == "lower-attention":
+            from kvpass import api
 
-            typer.echo(table(chosen))
+            with _hushed():
+                choices = api.explain_lowering(source)
+            out.document["choices"] = [asdict(c) for c in choices if layer is None or c.layer == layer]
+        if not as_json:
+            typer.echo(explanation.table(found))
 
 
 @app.command()

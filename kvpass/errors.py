@@ -45,7 +45,23 @@ class SourceError(RequestError):
 
 
 class CaptureError(RequestError):
-    """The model could not be captured as one graph, or what was captured is not a causal decoder."""
+    """The model could not be captured as one graph, or what was captured is not a causal decoder.
+
+    Attributes:
+        layer: whose attention it is, where that can be told.
+        node: in the graph, by name.
+        source: `file.py:line function: code` of that node in the model's code.
+        near: what came nearest to a match.
+        captured: whether there is a graph, of which other layers can be asked.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", near: str = "") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.near = near
+        self.layer: int | None = None
+        self.node = ""
+        self.source = ""
+        self.captured = False
 
 
 class UnsupportedError(RequestError):

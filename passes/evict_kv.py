@@ -78,6 +78,14 @@ class EvictKV(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
 
     def plan(self, plan: CachePlan) -> CachePlan:
+        return self.placed(plan).checked(self.describe())
+
+    def placed(self, plan: CachePlan) -> CachePlan:
+        """The plan with the rules in it, not yet held against what else the layers keep.
+
+        Raises:
+            PlanError: a knob is wrong, or no layer's cache is open.
+        """
         where = self.describe()
         rules = self._rules(len(plan), where)
         open_ = [layer for layer in plan.owners() if not plan[layer].window]
@@ -93,7 +101,7 @@ class EvictKV(Pass):
                     fix="evict once",
                 )
             plan = plan.with_layer(layer, keeps=rules[layer].check(where))
-        return plan.checked(where)
+        return plan
 
     def _numbers(self) -> tuple[int | None, ...]:
         return self.window, self.rows, self.sinks, self.pool

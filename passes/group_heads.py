@@ -25,7 +25,7 @@ from kvpass.errors import CheckError, PlanError, UnsupportedError
 from kvpass.ir.execute import ancestors, evaluate, in_order
 from kvpass.ir.plan import CachePlan
 from kvpass.ir.program import Program, Role, Weight, aten, insert_call, output_node, placeholder, sweep
-from kvpass.ir.sites import AttentionSite, Refusal, SiteFinder
+from kvpass.ir.sites import AttentionSite, Norm, Refusal, SiteFinder
 from kvpass.ir.staged import Staged, block
 from kvpass.ir.storage import first_nonfinite
 from kvpass.passes.base import Context, Effect, Pass, Rewritten
@@ -488,13 +488,34 @@ def basis_of(site: AttentionSite) -> KeyBasis:
         other, other_norm = query.rotary, query.norm
         site.path("v")
         if not site.path("v").norm.linear:
-            raise Refusal("its values pass through a norm or a clamp before attention", site.v)
+            raise Refusal(
+                "its values pass through a norm or a clamp before attention",
+                site.v,
+                near="twice the values' projection does not give twice the values",
+                fix="let values go from their projection to attention as they are",
+            )
         if not norm.per_head:
-            raise Refusal("its keys are normalised over all heads together, so fewer heads change the norm", site.k)
+            raise Refusal(
+                "its keys are normalised over all heads together, so fewer heads change the norm",
+                site.k,
+                near=_norm_words(norm),
+                fix="normalise each head alone, over head_dim, or not at all",
+            )
         if not other_norm.per_head:
-            raise Refusal("its queries are normalised over all heads together", site.q)
+            raise Refusal(
+                "its queries are normalised over all heads together",
+                site.q,
+                near=_norm_words(other_norm),
+                fix="normalise each head alone, over head_dim, or not at all",
+            )
         if rotary.pairs != other.pairs:
-            raise Refusal("RoPE turns other channels of the queries than of the keys", site.q)
+            apart = sorted(set(rotary.pairs) ^ set(other.pairs))
+            raise Refusal(
+                "RoPE turns other channels of the queries than of the keys",
+                site.q,
+                near=f"{len(set(rotary.pairs) & set(other.pairs))} pairs are turned in both, {apart[0]} in one alone",
+                fix="turn the same channels of both",
+            )
         _ = site.output
     except Refusal as refusal:
         raise UnsupportedError(
@@ -506,6 +527,11 @@ def basis_of(site: AttentionSite) -> KeyBasis:
     return KeyBasis(
         rotary.pairs, rotary.free, magnitude=linear, phase=norm.phase and other_norm.phase, free_full=linear
     )
+
+
+def _norm_words(norm: Norm) -> str:
+    turned = "commutes" if norm.phase else "does not commute"
+    return f"a change of one head changes the others; turning a RoPE pair of all heads {turned} with the norm"
 
 
 @dataclass(frozen=True)

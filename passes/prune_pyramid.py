@@ -116,9 +116,9 @@ class PrunePyramid(Pass):
         pruned = [c.layer for c in plan if c.passes is not None]
         if pruned and (self.schedule != "step" or self.at in pruned):  # a step may join another one elsewhere
             raise PlanError(f"tokens leave behind layer {pruned[0]} already", where=where, fix="prune once")
-        free = self._open(plan, where)
+        free = self.open_layers(plan, where)
         halves = [Fraction(1, 2) if f else Fraction(1) for f in free]
-        self._with(plan, halves).checked(where)  # before anything is solved for it
+        self.with_ratios(plan, halves).checked(where)  # before anything is solved for it
         if self.schedule == "solved":
             ratios = self._solved(plan, free, where)
         elif self.schedule == "step":
@@ -137,9 +137,9 @@ class PrunePyramid(Pass):
                 self._cosine(self.decay, layer, len(plan)) if is_free else Fraction(1)
                 for layer, is_free in enumerate(free)
             ]
-        return self._with(plan, ratios).checked(where)
+        return self.with_ratios(plan, ratios).checked(where)
 
-    def _open(self, plan: CachePlan, where: str) -> list[bool]:
+    def open_layers(self, plan: CachePlan, where: str) -> list[bool]:
         """Behind which layers tokens may leave: where no layer above reads keys and values from below."""
         lowest, found = len(plan), []
         for cache in reversed(plan.layers):
@@ -202,7 +202,7 @@ class PrunePyramid(Pass):
             lead=self.lead,
         )
 
-    def _with(self, plan: CachePlan, ratios: list[Fraction]) -> CachePlan:
+    def with_ratios(self, plan: CachePlan, ratios: list[Fraction]) -> CachePlan:
         """The plan whose layer l passes on ratios[l] of the context that it got."""
         rule = self._rule()
         last = len(plan) - 1
@@ -237,7 +237,7 @@ class PrunePyramid(Pass):
             return [Fraction(1)] * len(plan)
 
         def reached(ratios: list[Fraction]) -> int:
-            return self._with(plan, ratios).bytes(1, self.length)
+            return self.with_ratios(plan, ratios).bytes(1, self.length)
 
         low, high = 0.0, 1.0
         while reached(self._shape(free, high)) > wanted and high < 1e6:

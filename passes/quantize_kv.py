@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from kvpass.errors import PlanError
 from kvpass.ir.kv_format import KVFormat
-from kvpass.ir.plan import CachePlan
+from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.ir.program import Program, aten, insert_call
 from kvpass.ir.sites import AttentionSite, SiteFinder
 from kvpass.ir.staged import Staged
@@ -76,18 +76,27 @@ class QuantizeKV(Pass):
         where = self.describe()
         fmt = self.format(plan)
         for layer in plan:
-            if not layer.format.full:
-                raise PlanError(f"layer {layer.layer} is quantized already ({layer.format})", where=where, fix="once")
-            fmt.check_dim(layer.key_dim)
-            fmt.check_dim(layer.value_dim)
-            if fmt.layout == "static" and layer.upward:
-                raise PlanError(
-                    f"layer {layer.layer} reads a layer above it in several passes, and scales are calibrated in one",
-                    where=where,
-                    fix='quantize per token: layout="token"',
-                )
+            self.check_layer(layer, fmt)
             plan = plan.with_layer(layer.layer, format=fmt)
         return plan.checked(where)
+
+    def check_layer(self, layer: LayerCache, fmt: KVFormat) -> None:
+        """What one layer's cache must be for a format.
+
+        Raises:
+            PlanError: it is not, with the reason.
+        """
+        where = self.describe()
+        if not layer.format.full:
+            raise PlanError(f"layer {layer.layer} is quantized already ({layer.format})", where=where, fix="once")
+        fmt.check_dim(layer.key_dim)
+        fmt.check_dim(layer.value_dim)
+        if fmt.layout == "static" and layer.upward:
+            raise PlanError(
+                f"layer {layer.layer} reads a layer above it in several passes, and scales are calibrated in one",
+                where=where,
+                fix='quantize per token: layout="token"',
+            )
 
     def rewrite(self, program: Program, context: Context) -> Rewritten:
         from kvpass.ir.check import plan_of

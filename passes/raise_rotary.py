@@ -33,10 +33,10 @@ _SEEN = 24  # positions at which columns of tables are held against angles
 _CLOSE = 1e-3
 
 
-def raise_rotary(program: Program, positions: int) -> dict[int, str]:
+def raise_rotary(program: Program, positions: int) -> dict[int, Refusal]:
     """Rewrite `forward` in place, with tables for `positions` positions; per layer that keeps its nodes, the reason."""
     finder = SiteFinder(program)
-    left: dict[int, str] = {}
+    left: dict[int, Refusal] = {}
     made: dict[Any, tuple[fx.Node, fx.Node]] = {}
     sites = list(finder)
     found: dict[fx.Node, fx.Node] = {}
@@ -46,7 +46,7 @@ def raise_rotary(program: Program, positions: int) -> dict[int, str]:
                 if (node := site.bare(operand)) not in found:
                     found[node] = _raised(program, finder, site, operand, positions, made)
         except Refusal as refusal:
-            left[site.layer] = str(refusal)
+            left[site.layer] = refusal
     for site in sites:
         for operand in _own(site) if site.layer not in left else ():
             node, given = site.bare(operand), {"q": site.q, "k": site.k}[operand]
@@ -89,7 +89,12 @@ def _arrangement(rotary: Rotary, node: fx.Node) -> bool:
         return False
     if rotary.pairs == tuple((2 * j, 2 * j + 1) for j in range(count)):
         return True
-    raise Refusal("the turning channels are not the first ones in a usual order", node)
+    raise Refusal(
+        "the turning channels are not the first ones in a usual order",
+        node,
+        near=f"its first pair are channels {rotary.pairs[0]}, where (0, {count}) or (0, 1) is usual",
+        fix="put the channels that turn first, in halves or interleaved; until then runtimes compute RoPE node by node",
+    )
 
 
 def _before(path: Path) -> tuple[fx.Node, bool]:
@@ -107,7 +112,11 @@ def _before(path: Path) -> tuple[fx.Node, bool]:
             return node, True
         if shapes[node].shape == (batch, length, heads, dim) and heads != length:
             return node, False
-    raise Refusal("what is turned is not one tensor of heads", path.target)
+    raise Refusal(
+        "what is turned is not one tensor of heads",
+        path.target,
+        fix="turn a tensor of [batch, heads, length, channels], or with heads and length exchanged",
+    )
 
 
 def _over_tokens(path: Path, node: fx.Node) -> bool:
@@ -128,7 +137,7 @@ def _columns(finder: SiteFinder, path: Path, rotary: Rotary) -> _Angles:
     )
     values = [_flat(v, path.target) for v in finder.run(sources, {}, 1, _SEEN)]
     time = torch.arange(_SEEN, dtype=torch.float64)
-    found = []
+    found: _Angles = []
     for frequency in rotary.frequency:
         picked: list[_Column] = []
         for wave in (torch.cos(time * frequency), torch.sin(time * frequency)):
@@ -142,7 +151,13 @@ def _columns(finder: SiteFinder, path: Path, rotary: Rotary) -> _Angles:
                     picked.append(_Column(node, int(misses.argmin())))
                     break
             else:
-                raise Refusal("its angles stand in no table", path.target)
+                raise Refusal(
+                    "its angles stand in no table",
+                    path.target,
+                    near=f"{len(found)} of {len(rotary.frequency)} pairs have their cosines and sines in a table; the "
+                    f"next turns by {frequency:.4g} per position",
+                    fix="read cosines and sines from tensors of [positions, channels]",
+                )
         found.append((picked[0], picked[1]))
     return found
 
@@ -151,7 +166,12 @@ def _flat(value: Tensor, node: fx.Node) -> Tensor:
     """A table [T, C] of a tensor with one axis of T positions and one of columns."""
     shape = [n for n in value.shape if n != 1]
     if len(shape) != 2 or shape[0] != value.shape[-2]:
-        raise Refusal("a table of angles has other axes than positions and channels", node)
+        raise Refusal(
+            "a table of angles has other axes than positions and channels",
+            node,
+            near=f"it is {list(value.shape)} for {_SEEN} positions",
+            fix="read cosines and sines from tensors of [positions, channels]",
+        )
     return value.reshape(shape)
 
 
@@ -218,4 +238,9 @@ def _check(
     x = before if turned else before.transpose(1, 2)
     error = (rotary_reference(x, cos, sin, interleaved=interleaved) - after).abs().max() / after.abs().max()
     if float(error) > 1e-5:
-        raise Refusal("it is turned in another way than RoPE turns", path.target)
+        raise Refusal(
+            "it is turned in another way than RoPE turns",
+            path.target,
+            near=f"kvpass::rotary with its tables is off by {float(error):.1e} of the operand's size, 1e-05 is allowed",
+            fix="compute x cos + rotate(x) sin with the tables as they are",
+        )

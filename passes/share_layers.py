@@ -142,7 +142,7 @@ class ShareLayers(Pass):
         sources = read_sources(self.kv_source, len(finder))
         sites = list(finder)
         for site in sites:
-            _same_rotation(site, sites[sources.layers[site.layer]])
+            same_rotation(site, sites[sources.layers[site.layer]])
         aligned: dict[int, dict[str, Any]] = {}
         if self.align:
             records = align(program, sources.layers, context, turning=self.init == "mean")
@@ -285,8 +285,12 @@ def _same_shape(plan: CachePlan, layer: int, source: int, where: str) -> None:
         )
 
 
-def _same_rotation(reader: AttentionSite, owner: AttentionSite) -> None:
-    """The reader's queries must be turned as the owner's keys are."""
+def same_rotation(reader: AttentionSite, owner: AttentionSite) -> None:
+    """The reader's queries must be turned as the owner's keys are.
+
+    Raises:
+        UnsupportedError: they are turned otherwise, or it cannot be shown.
+    """
     if reader.layer == owner.layer:
         return
     try:

@@ -105,7 +105,7 @@ class SlideWindow(Pass):
         if self.positions == "cache":
             for site in finder:
                 if all(per_layer[site.layer]):
-                    _check_rotation(site)
+                    check_rotation(site)
         for site in finder:
             window, sinks = per_layer[site.layer]
             if window:
@@ -121,8 +121,12 @@ class SlideWindow(Pass):
         return Rewritten(changed, len(per_layer), details)
 
 
-def _check_rotation(site: AttentionSite) -> None:
-    """Queries and keys must know positions by rotation alone: then a distance is all that counts."""
+def check_rotation(site: AttentionSite) -> None:
+    """Queries and keys must know positions by rotation alone: then a distance is all that counts.
+
+    Raises:
+        UnsupportedError: they know them otherwise, or it cannot be shown.
+    """
     try:
         query, key = site.path("q").rotary, site.path("k").rotary
     except Refusal as refusal:

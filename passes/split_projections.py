@@ -143,7 +143,9 @@ def rebuild(
     length = insert_call(graph, before, aten.sym_size.int, ids, 1)
     if permutation == ():
         if heads != path.heads:
-            raise Refusal("its norm runs over all heads together", frontier)
+            raise Refusal(
+                "its norm runs over all heads together", frontier, fix="normalise each head alone, over head_dim"
+            )
         start = insert_call(graph, before, aten.reshape.default, product, [batch, length, heads * path.head_dim])
     else:
         start = insert_call(graph, before, aten.reshape.default, product, [batch, length, heads, path.head_dim])

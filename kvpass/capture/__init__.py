@@ -7,18 +7,19 @@ eager attention) and accepts the first in which every layer's attention was foun
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kvpass.capture import huggingface
-from kvpass.capture.module import trace
+from kvpass.capture.module import layer_of, trace
 from kvpass.capture.raise_attention import raise_attention
 from kvpass.errors import CaptureError, KvpassError, SourceError
-from kvpass.ir.program import ModelFacts, Program, Weight, merge_equal, output_node
+from kvpass.ir.program import ATTENTION, ModelFacts, Program, Weight, merge_equal, output_node
+from kvpass.ir.sites import source_of
 from kvpass.ir.storage import SafetensorsStore
 
 Source = str | Path | nn.Module
@@ -41,7 +42,81 @@ def capture(source: Source, dtype: torch.dtype | None = None, *, weights: bool =
     return _capture_folder(str(source), dtype, weights)
 
 
-def _capture_module(module: nn.Module) -> Program:
+@dataclass(frozen=True)
+class Survey:
+    """A model with layers that capture refuses, to be looked at and not to be run.
+
+    Attributes:
+        program: all layers; a plain causal attention stands in where one is refused.
+        refused: per layer of the model, the error.
+        layers: the model's number of each of the program's layers.
+    """
+
+    program: Program
+    refused: dict[int, CaptureError]
+    layers: tuple[int, ...]
+
+
+def survey(source: Source, dtype: torch.dtype | None = None) -> Survey:
+    """Capture what can be captured of a model, without reading a weight: every layer is asked, whatever others are.
+
+    Raises:
+        SourceError: nothing can be read there.
+        CaptureError: there is no graph, or no attention in it; the error tells the layer where that can be told.
+    """
+    refused: dict[int, CaptureError] = {}
+    if isinstance(source, nn.Module):
+        program = _capture_module(source, refused)
+    else:
+        config = huggingface.read_config(str(source))
+        compute = dtype or torch.float32
+        program = _first_that_works(_builder(config, compute), config, compute, refused)
+        program.facts.name, program.facts.folder = Path(str(source)).name, str(source)
+    without = _without_attention(program)
+    layers = tuple(n for n in range(program.facts.layers + len(without)) if n not in without)
+    # what the program numbers without gaps, the model numbers with them
+    found = {layers[n]: error for n, error in refused.items()} | without
+    return Survey(program, found, layers)
+
+
+def _without_attention(program: Program) -> dict[int, CaptureError]:
+    """Per layer of the model that has no attention of its own, that this is so."""
+    missing = _layers_missing(program)
+    if program.facts.layers != program.facts.expected_sites and program.facts.expected_sites and not missing:
+        raise _miscounted(program, program.facts.layers)
+    found = {}
+    for layer, node in missing.items():
+        error = CaptureError(
+            f"layer {layer} has no attention: nothing in it keeps keys and values",
+            where=f"layer {layer}: {node.meta['module']}",
+            fix="kvpass rewrites models whose layers all attend; a state-space or a convolution layer has no KV cache",
+            near=f"{program.facts.layers} of {program.facts.expected_sites} layers attend",
+        )
+        error.layer, error.node, error.source = layer, node.name, source_of(node)
+        found[layer] = error
+    return found
+
+
+def _layers_missing(program: Program) -> dict[int, fx.Node]:
+    """Layers in whose modules no attention stands, where modules are numbered as layers: with the node that mixes
+    their tokens, where it is a convolution or a cumulative sum, else their first."""
+    first: dict[int, fx.Node] = {}
+    for node in program.forward.nodes:
+        layer = layer_of(str(node.meta.get("module", "")))
+        if layer is not None and (layer not in first or (_mixes(node) and not _mixes(first[layer]))):
+            first[layer] = node
+    sites = {layer_of(str(n.meta.get("module", ""))) for n in program.forward.nodes if n.target is ATTENTION}
+    expected = program.facts.expected_sites
+    if expected is None or set(first) != set(range(expected)) or not sites <= set(first):
+        return {}
+    return {layer: node for layer, node in sorted(first.items()) if layer not in sites}
+
+
+def _mixes(node: fx.Node) -> bool:
+    return any(word in str(node.target) for word in ("conv", "cumsum"))
+
+
+def _capture_module(module: nn.Module, refused: dict[int, CaptureError] | None = None) -> Program:
     if any(p.dtype != next(module.parameters()).dtype for p in module.parameters() if p.is_floating_point()):
         pass  # mixed precision is the module's own business; the graph keeps its casts
     if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
@@ -54,7 +129,7 @@ def _capture_module(module: nn.Module) -> Program:
             return module, huggingface.call
 
         try:
-            return _first_that_works(attempt, module.config, next(module.parameters()).dtype)
+            return _first_that_works(attempt, module.config, next(module.parameters()).dtype, refused)
         finally:
             module.set_attn_implementation(original)  # type: ignore[operator]
     graph, weights = trace(module)
@@ -66,7 +141,7 @@ def _capture_module(module: nn.Module) -> Program:
         layers=0,
         dtype=parameter.dtype if parameter is not None else torch.float32,
     )
-    return _finish(Program({"forward": graph}, weights, facts))
+    return _finish(Program({"forward": graph}, weights, facts), refused)
 
 
 def _capture_folder(source: str, dtype: torch.dtype | None, weights: bool) -> Program:
@@ -86,14 +161,10 @@ def capture_config(config: Any, dtype: torch.dtype) -> Program:
 
     The last few are remembered: saving a checkpoint captures what it wrote, which mostly is what was read.
     """
-
-    def attempt(implementation: str) -> tuple[nn.Module, Any]:
-        return huggingface.build(config, dtype, implementation), huggingface.call
-
     said = {k: v for k, v in config.to_dict().items() if k not in _NAMES_ONLY}
     key = (type(config).__name__, json.dumps(said, sort_keys=True, default=str), dtype)
     if key not in _recent:
-        found = _first_that_works(attempt, config, dtype)
+        found = _first_that_works(_builder(config, dtype), config, dtype)
         while len(_recent) >= _REMEMBERED:
             _recent.pop(next(iter(_recent)))
         _recent[key] = found
@@ -102,12 +173,21 @@ def capture_config(config: Any, dtype: torch.dtype) -> Program:
     return program
 
 
+def _builder(config: Any, dtype: torch.dtype) -> Any:
+    def attempt(implementation: str) -> tuple[nn.Module, Any]:
+        return huggingface.build(config, dtype, implementation), huggingface.call
+
+    return attempt
+
+
 _NAMES_ONLY = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 _REMEMBERED = 2
 _recent: dict[Any, Program] = {}
 
 
-def _first_that_works(attempt: Any, config: Any, dtype: torch.dtype) -> Program:
+def _first_that_works(
+    attempt: Any, config: Any, dtype: torch.dtype, refused: dict[int, CaptureError] | None = None
+) -> Program:
     """Capture through the attention interface, else through the attention that the family itself would run."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     problems: list[KvpassError] = []
@@ -129,27 +209,27 @@ def _first_that_works(attempt: Any, config: Any, dtype: torch.dtype) -> Program:
                 dtype=dtype,
                 expected_sites=int(text.num_hidden_layers),
             )
-            return _finish(Program({"forward": graph}, weights, facts))
+            return _finish(Program({"forward": graph}, weights, facts), refused)
         except KvpassError as error:
             problems.append(error)
+            if refused is not None:
+                refused.clear()
     told = [p for p in problems if "refused attn_implementation" not in p.what] or problems
     raise told[-1] if "passes `" in told[0].what else told[0]
 
 
-def _finish(program: Program) -> Program:
-    """Raise attention, then hold the whole against what the model is known to have."""
+def _finish(program: Program, refused: dict[int, CaptureError] | None = None) -> Program:
+    """Raise attention, then hold the whole against what the model is known to have.
+
+    With `refused`, layers that are refused are written there, and ones without attention left to the caller.
+    """
     _check_logits(program)
     merge_equal(program.forward)
-    found = raise_attention(program)
+    found = raise_attention(program, refused)
     merge_equal(program.forward)
     expected = program.facts.expected_sites
-    if expected is not None and found != expected:
-        raise CaptureError(
-            f"{found} attention sites were found in a model of {expected} layers",
-            where=program.facts.family,
-            fix="a layer's attention is spelled in a way that kvpass does not recognise, or has none; "
-            "please report the family",
-        )
+    if expected is not None and found != expected and (refused is None or found == 0):
+        raise _miscounted(program, found)
     if found == 0:
         raise CaptureError(
             "the model has no attention", where=program.facts.family, fix="there is no KV cache to rewrite"
@@ -161,16 +241,33 @@ def _finish(program: Program) -> Program:
     return program
 
 
+def _miscounted(program: Program, found: int) -> CaptureError:
+    error = CaptureError(
+        f"{found} attention sites were found in a model of {program.facts.expected_sites} layers",
+        where=program.facts.family,
+        fix="a layer's attention is spelled in a way that kvpass does not recognise, or has none; "
+        "please report the family",
+    )
+    error.captured = found > 0
+    return error
+
+
 def _check_logits(program: Program) -> None:
     for batch, length in ((2, 5), (1, 1), (3, 8)):
         try:
             value = program.shapes("forward", batch, length)[output_node(program.forward)]
         except Exception as error:
-            raise CaptureError(
+            notes = "\n".join(getattr(error, "__notes__", []))
+            refused = CaptureError(
                 f"the captured graph does not run on a batch of {batch} and a length of {length}: {error}",
-                where="\n".join(getattr(error, "__notes__", [])),
+                where=notes,
                 fix="the model's code fixes a size; look for Python numbers made from a tensor's shape",
-            ) from error
+            )
+            node = next((n for n in program.forward.nodes if f"%{n.name} :" in notes), None)
+            if node is not None:
+                refused.layer = layer_of(str(node.meta.get("module", "")))
+                refused.node, refused.source = node.name, source_of(node)
+            raise refused from error
         if not isinstance(value, Tensor) or value.dim() != 3 or tuple(value.shape[:2]) != (batch, length):
             raise CaptureError(
                 f"the model maps input_ids [{batch}, {length}] to {tuple(getattr(value, 'shape', ()))}, "

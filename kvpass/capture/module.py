@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ def trace(
     module.eval()
     try:
         # where it gives up, export prints the whole graph; the error that is raised below says what matters
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), _code_lines():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 wrapped,
@@ -62,13 +64,16 @@ def trace(
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()
-        raise CaptureError(
+        refused = CaptureError(
             f"torch.export could not capture {type(module).__name__}: {type(error).__name__}: "
             + " ".join(reason[:3])[:400],
             where=_source_line(error),
             fix="the model must map input_ids [batch, length] to logits [batch, length, vocabulary] without "
             "Python control flow on the values of tensors",
-        ) from error
+        )
+        refused.node, refused.source = _module_of(error, module), refused.where
+        refused.layer = layer_of(refused.node)
+        raise refused from error
     finally:
         for part in training:
             part.training = True
@@ -77,6 +82,29 @@ def trace(
             warnings.simplefilter("ignore")
             exported = exported.run_decompositions({})  # the same ops, each writing a tensor of its own
     return _tidy(exported, module)
+
+
+@contextlib.contextmanager
+def _code_lines() -> Iterator[None]:
+    """Nodes captured inside keep the lines of functions, too: left alone, export keeps those of methods `forward`, and
+    a helper that turns queries and one that masks scores look like the line that calls them."""
+    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+    def kept(self: fx.proxy.TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
+        first = next((i for i, frame in enumerate(frames) if frame.name == "forward"), len(frames))
+        own = [frame for frame in frames[first:] if not frame.filename.startswith(foreign)]
+        return traceback.StackSummary.from_list(own)
+
+    tracer: Any = fx.proxy.TracerBase
+    original = getattr(tracer, "_filter_traceback_frames", None)
+    if original is None:  # private to torch: without it, lines are coarser
+        yield
+        return
+    tracer._filter_traceback_frames = kept
+    try:
+        yield
+    finally:
+        tracer._filter_traceback_frames = original
 
 
 class _Wrapper(nn.Module):
@@ -203,6 +231,9 @@ def _copy(
         trace_text = node.meta.get("stack_trace")
         if trace_text:
             env[node].meta["source"] = _last_frame(trace_text)
+        modules = node.meta.get("nn_module_stack")
+        if modules:
+            env[node].meta["module"] = str(list(modules.values())[-1][0]).removeprefix("module.")
     raise AssertionError("the graph has no output")
 
 
@@ -247,19 +278,32 @@ def _attribute(owner: nn.Module, path: str) -> Any:
 
 
 def _last_frame(text: str) -> str:
-    """`file:line in function: code` of the innermost frame of a stack trace."""
+    """`file:line function: code` of the innermost frame of a stack trace."""
     lines = [line.strip() for line in text.strip().splitlines()]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith("File "):
-            file, line, function = (lines[index].split(", ") + ["", ""])[:3]
-            name = file.removeprefix('File "').rstrip('"').rsplit("/", 1)[-1]
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            return f"{name}:{line.removeprefix('line ')} {function}: {code}"
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    for index in frames[-1:]:
+        file, line, function = (lines[index].split(", ") + ["", ""])[:3]
+        name = file.removeprefix('File "').rstrip('"').rsplit("/", 1)[-1]
+        code = lines[index + 1] if index + 1 < len(lines) else ""
+        return f"{name}:{line.removeprefix('line ')} {function.removeprefix('in ')}: {code}"
     return ""
 
 
-def _source_line(error: BaseException) -> str:
-    import traceback
+def layer_of(path: str) -> int | None:
+    """The number of the layer in a module's path: `model.layers.3.mixer` -> 3."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
+
+def _module_of(error: BaseException, module: nn.Module) -> str:
+    """The path of the innermost part of `module` in whose code an error arose."""
+    names = {id(part): name for name, part in module.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = names.get(id(frame.tb_frame.f_locals.get("self")), "") or found
+        frame = frame.tb_next
+    return found
+
+
+def _source_line(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""

@@ -9,7 +9,7 @@ cache, unknown to passes that need its meaning. Everything else is refused: look
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -21,8 +21,42 @@ from kvpass.ir.sites import SiteFinder
 
 _BATCH = 2
 _LENGTHS = (1, 2, 3, 7, 24)
+_WORTH = 0.02
+_TRIED = 256  # positions at which candidates are compared
 _LONGEST = 2304  # dense evaluation stops here: a [2304, 2304] mask
 MASKED = -5e3  # an added bias below this hides the key (families use -inf, the dtype's minimum, or -1e4)
+
+
+@dataclass(frozen=True)
+class NearMask:
+    """The mask of the algebra that explains most of one that nothing explains.
+
+    Attributes:
+        mask: that mask.
+        agree: (query, key) entries, none later than its query, that it hides and shows as the model does.
+        entries: of so many, all heads counted.
+        head: the first entry where they differ (-1 where they do not),
+        query: by its position in the text,
+        key: and by that of the token that it reads or does not.
+        hidden: whether the model hides that entry (and the mask shows it).
+    """
+
+    mask: Mask
+    agree: int
+    entries: int
+    head: int = -1
+    query: int = -1
+    key: int = -1
+    hidden: bool = False
+
+    def __str__(self) -> str:
+        if self.head < 0:
+            return f"{self.mask} explains all {self.entries} entries there, and not those at other positions"
+        ways = ("hides", "shows") if self.hidden else ("shows", "hides")
+        return (
+            f"{self.mask} explains {self.agree} of {self.entries} entries; first apart at head {self.head}, query "
+            f"{self.query}, key {self.key}, which the model {ways[0]} and {self.mask} {ways[1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +69,7 @@ class Mask:
     slopes: tuple[float, ...] = ()
     tabulated: str = ""
     tested: int = 0  # positions up to here were tried
+    near: NearMask | str = field(default="", compare=False)  # for a tabulated one, what comes nearest
 
     def __str__(self) -> str:
         if self.tabulated:
@@ -85,7 +120,8 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     row, column = torch.arange(size).view(-1, 1), torch.arange(size)
     ahead = ~hidden & (column > row)
     if bool(ahead.any()):
-        raise _looks_ahead(layer, *ahead.nonzero()[0, 1:].tolist())
+        query, key = ahead.nonzero()[0, 1:].tolist()
+        raise _looks_ahead(layer, query, key, _nearest(~hidden, torch.arange(size)))
     if bool((hidden.all(dim=-1, keepdim=True) & (longest > -torch.inf)).any()):
         raise CaptureError(
             f"in layer {layer} a token may read nothing, and its scores are hidden by a finite number: its softmax "
@@ -95,19 +131,22 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
         )
     slopes, _ = _alibi(longest, hidden)
     if slopes is None:
-        return _tabulate(dense, "the bias added to the scores is not ALiBi", where)
+        return _tabulate(dense, "the bias added to the scores is not ALiBi", where, _nearest_slope(longest, hidden))
     if bool((hidden != hidden[:1]).any()):
-        return _tabulate(dense, "heads have different masks", where)
+        near = _nearest(~hidden, torch.arange(size))
+        return _tabulate(dense, "heads have different masks", where, near)
     fitted = _window(~hidden[0], torch.arange(size))
     if fitted is None:
-        return _tabulate(dense, "its pattern is not causal, window or sinks", where)
+        near = _nearest(~hidden, torch.arange(size))
+        return _tabulate(dense, "its pattern is not causal, window or sinks", where, near)
     strict, window, sinks = fitted
     tested = size
     numbers, further = _further(finder, sources, bias_at, longest, max_positions)
     for positions, bias in further:
         later = (bias[0] >= MASKED) & (positions > positions.view(-1, 1))
         if bool(later.any()):
-            raise _looks_ahead(layer, *positions[later.nonzero()[0, 1:]].tolist())
+            query, key = positions[later.nonzero()[0, 1:]].tolist()
+            raise _looks_ahead(layer, query, key, _nearest(bias[0] >= MASKED, positions, numbers))
         shown = bias[0, 0]
         if slopes:
             shown = shown - slopes[0] * (positions.view(1, -1) - positions.view(-1, 1))
@@ -123,7 +162,8 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
             candidates += [read[1:]] if read is not None and not window else []
         found = next((c for c in candidates if torch.equal(_predicate(positions, strict, *c), seen)), None)
         if found is None:
-            return _tabulate(dense, "its pattern changes with the length", where)
+            near = _nearest(seen.unsqueeze(0), positions, numbers)
+            return _tabulate(dense, "its pattern changes with the length", where, near)
         window, sinks = found
         tested = max(tested, int(positions[-1]) + 1)
     if max_positions is not None and window >= max_positions:
@@ -137,15 +177,16 @@ def fit(finder: SiteFinder, sources: Iterable[fx.Node], bias_at: BiasAt, layer: 
     return Mask(strict, window, sinks, slopes, tested=tested)
 
 
-def _looks_ahead(layer: int, query: int, key: int) -> CaptureError:
+def _looks_ahead(layer: int, query: int, key: int, near: NearMask) -> CaptureError:
     return CaptureError(
         f"the attention of layer {layer} looks ahead: token {query} reads token {key}",
         where=f"layer {layer}",
         fix="kvpass rewrites causal decoders; a bidirectional or prefix mask cannot be cached token by token",
+        near=str(near),
     )
 
 
-def _tabulate(dense: dict[int, Tensor], reason: str, where: str) -> Mask:
+def _tabulate(dense: dict[int, Tensor], reason: str, where: str, near: NearMask | str) -> Mask:
     """Accept a mask that no formula fits, if it is the same for every length."""
     largest = dense[_LENGTHS[-1]]
     for length, bias in dense.items():
@@ -155,8 +196,64 @@ def _tabulate(dense: dict[int, Tensor], reason: str, where: str) -> Mask:
             raise CaptureError(
                 f"the attention mask is not understood ({reason}) and depends on the length of the sequence",
                 where=where,
+                near=str(near),
             )
-    return Mask(tabulated=reason, tested=_LENGTHS[-1])
+    return Mask(tabulated=reason, tested=_LENGTHS[-1], near=near)
+
+
+def _nearest(seen: Tensor, positions: Tensor, numbers: Iterable[int] = ()) -> NearMask:
+    """The causal mask, with a window and sinks or not, that agrees with `seen` [H|1, n, n] at most entries.
+
+    A window, and sinks, must each explain `_WORTH` of the entries more than the mask without, for numbers that are
+    free to choose always explain a few.
+
+    Args:
+        positions: of the n tokens.
+        numbers: windows worth trying besides those up to 24.
+    """
+    if bool((seen == seen[:1]).all()):
+        seen = seen[:1]
+    some = torch.linspace(0, len(positions) - 1, min(len(positions), _TRIED)).long()
+    fewer, few = seen[:, some][:, :, some], positions[some]
+    within, past = (p.view(1, -1) <= p.view(-1, 1) for p in (positions, few))
+    windows = [*range(1, _LENGTHS[-1] + 1), *sorted(numbers)]
+    shapes = [(0, 0), *((w, s) for w in windows for s in (0, 1, 2, 4, 8) if s < int(positions[-1]))]
+    best: tuple[float, Mask] | None = None
+    for strict in (False, True):
+        for window, sinks in shapes:
+            missed = int(((_predicate(few, strict, window, sinks) != fewer) & past).sum())
+            cost = missed + _WORTH * int(past.sum()) * seen.shape[0] * ((window > 0) + (sinks > 0))
+            if best is None or cost < best[0]:
+                best = cost, Mask(strict, window, sinks)
+    assert best is not None
+    mask = best[1]
+    apart = (_predicate(positions, mask.strict, mask.window, mask.sinks) != seen) & within
+    entries = int(within.sum()) * seen.shape[0]
+    ahead = seen & ~within
+    # one that looks ahead may be causal in all else
+    first = [*apart.nonzero()[:1].tolist(), *ahead.nonzero()[:1].tolist()]
+    if not first:
+        return NearMask(mask, entries, entries)
+    head, query, key = first[0]
+    hidden = not bool(seen[head, query, key])
+    return NearMask(mask, entries - int(apart.sum()), entries, head, int(positions[query]), int(positions[key]), hidden)
+
+
+def _nearest_slope(bias: Tensor, hidden: Tensor) -> str:
+    """How much of a bias [H, S, S] grows by one slope per key."""
+    both = ~hidden[:, :, 1:] & ~hidden[:, :, :-1]
+    steps = bias[:, :, 1:] - bias[:, :, :-1]
+    if not bool(both.any()):
+        return ""
+    shares = []
+    for head in range(bias.shape[0]):
+        observed = steps[head][both[head]]
+        slope = float(observed.median()) if observed.numel() else 0.0
+        fits = (observed - slope).abs() <= 1e-3 * max(abs(slope), 1e-3)
+        shares.append((int(fits.sum()), observed.numel(), slope))
+    fitting, of, slope = min(shares, key=lambda s: s[0] / max(1, s[1]))
+    head = shares.index((fitting, of, slope))
+    return f"ALiBi with slope {slope:.4g} explains {fitting} of {of} steps from key to key in head {head}"
 
 
 def _alibi(bias: Tensor, hidden: Tensor) -> tuple[tuple[float, ...] | None, Tensor]:

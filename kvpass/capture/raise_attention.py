@@ -8,6 +8,9 @@ softmax and the second product to see that it changes nothing.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +20,19 @@ from kvpass.capture.probe import MASKED, Mask, fit, fit_mask_argument, refuse_le
 from kvpass.errors import CaptureError
 from kvpass.ir.execute import ancestors
 from kvpass.ir.program import ATTENTION, Program, Role, Weight, aten, insert_call, sweep
-from kvpass.ir.sites import SiteFinder
+from kvpass.ir.sites import AttentionSite, SiteFinder, source_of
 
 SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 
 
-def raise_attention(program: Program) -> int:
+def raise_attention(program: Program, refused: dict[int, CaptureError] | None = None) -> int:
     """Rewrite every attention of the `forward` entry to the canonical op, masks fitted. Returns the number of sites.
+
+    Args:
+        refused: where given, gets the error of each layer whose attention is refused, and a plain causal op stands in
+            for it. The program then is not the model's: it serves to look at the layers one by one.
 
     Raises:
         CaptureError: an attention is not causal, not understood, or its mask cannot be proved.
@@ -36,31 +43,57 @@ def raise_attention(program: Program) -> int:
             _expand_einsum(program, node)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is SDPA:
-            _raise_sdpa(program, node)
+            with _at(sum(n.target in (ATTENTION, SDPA) for n in graph.nodes if n < node), node):
+                _raise_sdpa(program, node)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _SOFTMAX:
-            _raise_softmax(program, node)
+            with _at(sum(n.target is ATTENTION for n in graph.nodes if n < node), node):
+                _raise_softmax(program, node, refused)
     sweep(graph)
     finder = SiteFinder(program)
     fitted: dict[fx.Node, Mask] = {}
     for site in finder:
         mask = site.optional("mask")
-        if mask is not None:
-            if mask not in fitted:
-                fitted[mask] = fit_mask_argument(finder, mask, site.layer, program.facts.max_positions)
-            _apply(program, site.node, fitted[mask], keep=mask)
-        elif not (site.option("causal") or site.option("strict")):
-            raise CaptureError(
-                f"the attention of layer {site.layer} has no mask: every token reads every other",
-                where=f"layer {site.layer}: {site.node.meta.get('source', site.node.name)}",
-                fix="kvpass rewrites causal decoders; an encoder has no KV cache to shrink",
-            )
+        try:
+            with _at(site.layer, mask if mask is not None else site.node):
+                _fit_site(program, finder, site, fitted)
+        except CaptureError as error:
+            if refused is None:
+                raise
+            refused[site.layer] = error
+            _apply(program, site.node, Mask(), keep=None)
         site.node.kwargs = {**site.node.kwargs, "layer": site.layer}
-        if mask is not None:
-            program.evidence.setdefault(site.layer, {})["mask"] = fitted[mask]
     _drop_repeats(program)
     sweep(graph)
     return len(finder)
+
+
+@contextlib.contextmanager
+def _at(layer: int, node: fx.Node) -> Iterator[None]:
+    """Errors that arise inside are those of a layer, at a node."""
+    try:
+        yield
+    except CaptureError as error:
+        error.captured = True
+        if error.layer is None:
+            error.layer, error.node, error.source = layer, node.name, source_of(node)
+        raise
+
+
+def _fit_site(program: Program, finder: SiteFinder, site: AttentionSite, fitted: dict[fx.Node, Mask]) -> None:
+    """Fit the mask that a site gets as a tensor, if it gets one; layers that share it share the fit."""
+    mask = site.optional("mask")
+    if mask is not None:
+        if mask not in fitted:
+            fitted[mask] = fit_mask_argument(finder, mask, site.layer, program.facts.max_positions)
+        _apply(program, site.node, fitted[mask], keep=mask)
+        program.evidence.setdefault(site.layer, {})["mask"] = fitted[mask]
+    elif not (site.option("causal") or site.option("strict")):
+        raise CaptureError(
+            f"the attention of layer {site.layer} has no mask: every token reads every other",
+            where=f"layer {site.layer}: {site.node.meta.get('source', site.node.name)}",
+            fix="kvpass rewrites causal decoders; an encoder has no KV cache to shrink",
+        )
 
 
 def _apply(program: Program, node: fx.Node, mask: Mask, keep: fx.Node | None) -> None:
@@ -144,7 +177,7 @@ def _expand_einsum(program: Program, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _raise_softmax(program: Program, softmax: fx.Node) -> None:
+def _raise_softmax(program: Program, softmax: fx.Node, refused: dict[int, CaptureError] | None) -> None:
     """A softmax between two products -> the canonical op; anything else with a softmax (a router) stays."""
     finder = SiteFinder(program)
     roles, shapes = finder.roles, finder.shapes
@@ -191,28 +224,42 @@ def _raise_softmax(program: Program, softmax: fx.Node) -> None:
     def draw(size: int) -> Tensor:
         return torch.randn((batch, heads, size, dim), generator=generator, dtype=torch.float64)
 
-    sources = _bias_sources(finder, scored, score, base)
-    q, k = draw(7), draw(7)
-    zero = torch.zeros((batch, heads, 7, dim), dtype=torch.float64)
-    resting = scores(zero, zero, {})
-    extra = resting.shape[-1] - 7
-    sink: fx.Node | None = None
-    if extra == 1:
-        sink = _sink_logits(finder, scored, heads, where)
-    elif extra != 0:
-        raise CaptureError(f"the softmax covers {extra} more columns than there are keys", where=where)
-    else:
-        refuse_learned(program, finder, sources, layer)
+    def proved() -> _Scored:
+        sources = _bias_sources(finder, scored, score, base)
+        q, k = draw(7), draw(7)
+        zero = torch.zeros((batch, heads, 7, dim), dtype=torch.float64)
+        resting = scores(zero, zero, {})
+        extra = resting.shape[-1] - 7
+        sink: fx.Node | None = None
+        if extra == 1:
+            sink = _sink_logits(finder, scored, heads, where)
+        elif extra != 0:
+            raise CaptureError(f"the softmax covers {extra} more columns than there are keys", where=where)
+        else:
+            refuse_learned(program, finder, sources, layer)
 
-    def bias_at(size: int, replaced: dict[fx.Node, Tensor]) -> Tensor:
-        blank = torch.zeros((batch, heads, size, dim), dtype=torch.float64)
-        return scores(blank, blank, replaced)[..., :size]
+        def bias_at(size: int, replaced: dict[fx.Node, Tensor]) -> Tensor:
+            blank = torch.zeros((batch, heads, size, dim), dtype=torch.float64)
+            return scores(blank, blank, replaced)[..., :size]
 
-    if sink is not None:
-        refuse_learned(program, finder, [s for s in sources if not _same_source(s, sink)], layer)
-    mask = fit(finder, sources, bias_at, layer, program.facts.max_positions)
-    scale, softcap = _score_function(scores, q, k, resting[..., :7], where)
-    _prove_tail(finder, softmax, probabilities, extra, where)
+        if sink is not None:
+            refuse_learned(program, finder, [s for s in sources if not _same_source(s, sink)], layer)
+        place = max((s for s in sources if finder.roles[s] == Role.POSITION), default=softmax)
+        with _at(layer, place):
+            mask = fit(finder, sources, bias_at, layer, program.facts.max_positions)
+            table = _mask_node(finder, scored, score, mask, where) if mask.tabulated else None
+        scale, softcap = _score_function(scores, q, k, resting[..., :7], where)
+        _prove_tail(finder, softmax, probabilities, extra, where)
+        return _Scored(mask, table, scale, softcap, sink)
+
+    try:
+        with _at(layer, softmax):
+            found = proved()
+    except CaptureError as error:
+        if refused is None:
+            raise
+        refused[layer] = error
+        found = _Scored(Mask(), None, dim**-0.5, 0.0, None)
 
     graph = program.forward
     if not four:
@@ -223,16 +270,13 @@ def _raise_softmax(program: Program, softmax: fx.Node) -> None:
     else:
         a4, v4 = a, values
         k4 = insert_call(graph, out, aten.transpose.int, b, -1, -2)
-    table = None
-    if mask.tabulated:
-        table = _mask_node(finder, scored, score, mask, where)
-    fresh = insert_call(
-        graph, out, ATTENTION, a4, k4, v4, sink, None, table, scale=scale, causal=True, softcap=softcap, layer=-1
-    )
+    options = {"scale": found.scale, "causal": True, "softcap": found.softcap, "layer": -1}
+    fresh = insert_call(graph, out, ATTENTION, a4, k4, v4, found.sink, None, found.table, **options)
     fresh.meta.update(softmax.meta)
-    if not mask.tabulated:
-        _apply(program, fresh, mask, keep=None)
-    program.evidence.setdefault(layer, {})["mask"] = mask
+    if not found.mask.tabulated:
+        _apply(program, fresh, found.mask, keep=None)
+    if refused is None or layer not in refused:
+        program.evidence.setdefault(layer, {})["mask"] = found.mask
     result = fresh
     value_dtype, got = shapes[out].dtype, torch.promote_types(shapes[a].dtype, shapes[a].dtype)
     if got != value_dtype:
@@ -244,6 +288,17 @@ def _raise_softmax(program: Program, softmax: fx.Node) -> None:
         result = insert_call(graph, out, aten.flatten.using_ints, result, 0, 1)
     out.replace_all_uses_with(result)
     sweep(graph)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What was proved of the way from the scores to the probabilities."""
+
+    mask: Mask
+    table: fx.Node | None  # the tensor of a tabulated mask
+    scale: float
+    softcap: float
+    sink: fx.Node | None
 
 
 def _product_behind(finder: SiteFinder, softmax: fx.Node) -> fx.Node | None:
@@ -392,7 +447,13 @@ def _mask_node(finder: SiteFinder, scored: fx.Node, score: fx.Node, mask: Mask, 
     ]
     if len(sources) == 1 and finder.shapes[sources[0]].dtype.is_floating_point:
         return sources[0]
-    raise CaptureError(f"the attention mask is not understood ({mask.tabulated})", where=where)
+    raise CaptureError(
+        f"the attention mask is not understood ({mask.tabulated})",
+        where=where,
+        near=str(mask.near),
+        fix="use a mask of {causal, window, sinks, ALiBi}, or add one tensor of numbers to the scores, for masks that "
+        "kvpass keeps as a table",
+    )
 
 
 def _drop_repeats(program: Program) -> None:

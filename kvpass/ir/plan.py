@@ -107,7 +107,8 @@ class CachePlan:
             PlanError: two wishes exclude each other, with the reason.
         """
         if self.selective:
-            self._check_selection(where)
+            for cache in self.layers:
+                self.check_selected(cache.layer, where)
         for owner in self.owners():
             layout = self.layout(owner)
             above = next((c.layer for c in self.readers(owner) if c.upward), None)
@@ -139,69 +140,73 @@ class CachePlan:
                 )
         return self
 
-    def _check_selection(self, where: str) -> None:
-        """What a store whose entries are chosen cannot be."""
-        for cache in self.layers:
-            if cache.positions:
-                raise PlanError(
-                    f"the mask of layer {cache.layer} is kept as a table, and kvpass cannot show what it hides from "
-                    "tokens that have left their place",
-                    where=where,
-                    fix="no tokens can be dropped by rank from this model; a window or quantization may serve instead",
-                )
-            if cache.upward:
-                raise PlanError(
-                    f"layer {cache.layer} reads a layer above it in several passes, and which tokens stay would change "
-                    "from pass to pass",
-                    where=where,
-                    fix="share layers downward",
-                )
-            if cache.page:
-                raise PlanError(
-                    "pages are handed out for all layers alike, and where tokens are dropped by rank, layers hold "
-                    "different numbers of them",
-                    where=where,
-                    fix="leave out PageKV, or the pass that drops tokens",
-                )
-            if cache.cache_positions:
-                raise PlanError(
-                    f"layer {cache.layer} counts positions in its cache, where tokens dropped by rank leave gaps",
-                    where=where,
-                    fix='slide with positions="text"',
-                )
-            if cache.format.layout == "kivi":
-                raise PlanError(
-                    f"layer {cache.layer} quantizes groups of neighbouring tokens (KIVI), which dropping tokens by "
-                    "rank takes apart",
-                    where=where,
-                    fix='quantize per token: layout="token"',
-                )
-            shared = cache.owner and len(self.readers(cache.layer)) > 1
-            rule = self.rule(cache.layer)
-            if shared and rule.then != "append" and rule.by != "recent":
-                raise PlanError(
-                    f"several layers read what layer {cache.layer} keeps, and each would rank its tokens differently "
-                    "as text is generated",
-                    where=where,
-                    fix="choose a policy that only drops tokens of the prompt",
-                )
-            if cache.keeps is not None and cache.window:
-                raise PlanError(
-                    f"layer {cache.layer} reads a window only, which is what its cache keeps",
-                    where=where,
-                    fix="drop entries by rank or by age, not both",
-                )
-            if cache.passes is not None and any(
-                c.kv_source is not None and c.kv_source <= cache.layer for c in self.layers[cache.layer + 1 :]
-            ):
-                raise PlanError(
-                    f"tokens leave behind layer {cache.layer}, and layers above read keys and values of all tokens "
-                    "from below",
-                    where=where,
-                    fix="share layers first; PrunePyramid then prunes where it can",
-                )
-            if cache.keeps is not None and not cache.owner:
-                raise PlanError(f"layer {cache.layer} has no keys and values of its own to drop", where=where)
+    def check_selected(self, layer: int, where: str) -> None:
+        """What one layer must be where tokens are dropped by rank, in it or elsewhere.
+
+        Raises:
+            PlanError: it is not, with the reason.
+        """
+        cache = self.layers[layer]
+        if cache.positions:
+            raise PlanError(
+                f"the mask of layer {cache.layer} is kept as a table, and kvpass cannot show what it hides from "
+                "tokens that have left their place",
+                where=where,
+                fix="no tokens can be dropped by rank from this model; a window or quantization may serve instead",
+            )
+        if cache.upward:
+            raise PlanError(
+                f"layer {cache.layer} reads a layer above it in several passes, and which tokens stay would change "
+                "from pass to pass",
+                where=where,
+                fix="share layers downward",
+            )
+        if cache.page:
+            raise PlanError(
+                "pages are handed out for all layers alike, and where tokens are dropped by rank, layers hold "
+                "different numbers of them",
+                where=where,
+                fix="leave out PageKV, or the pass that drops tokens",
+            )
+        if cache.cache_positions:
+            raise PlanError(
+                f"layer {cache.layer} counts positions in its cache, where tokens dropped by rank leave gaps",
+                where=where,
+                fix='slide with positions="text"',
+            )
+        if cache.format.layout == "kivi":
+            raise PlanError(
+                f"layer {cache.layer} quantizes groups of neighbouring tokens (KIVI), which dropping tokens by "
+                "rank takes apart",
+                where=where,
+                fix='quantize per token: layout="token"',
+            )
+        shared = cache.owner and len(self.readers(cache.layer)) > 1
+        rule = self.rule(cache.layer)
+        if shared and rule.then != "append" and rule.by != "recent":
+            raise PlanError(
+                f"several layers read what layer {cache.layer} keeps, and each would rank its tokens differently "
+                "as text is generated",
+                where=where,
+                fix="choose a policy that only drops tokens of the prompt",
+            )
+        if cache.keeps is not None and cache.window:
+            raise PlanError(
+                f"layer {cache.layer} reads a window only, which is what its cache keeps",
+                where=where,
+                fix="drop entries by rank or by age, not both",
+            )
+        if cache.passes is not None and any(
+            c.kv_source is not None and c.kv_source <= cache.layer for c in self.layers[cache.layer + 1 :]
+        ):
+            raise PlanError(
+                f"tokens leave behind layer {cache.layer}, and layers above read keys and values of all tokens "
+                "from below",
+                where=where,
+                fix="share layers first; PrunePyramid then prunes where it can",
+            )
+        if cache.keeps is not None and not cache.owner:
+            raise PlanError(f"layer {cache.layer} has no keys and values of its own to drop", where=where)
 
     @property
     def upward(self) -> bool:

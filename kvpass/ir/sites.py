@@ -34,17 +34,40 @@ Operand = Literal["q", "k", "v"]
 
 
 class Refusal(Exception):
-    """A proof that failed: why, and at which node. Passes turn it into an error for the user."""
+    """A proof that failed: why, and at which node. Passes turn it into an error for the user.
 
-    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+    Args:
+        reason: what was expected and what was found.
+        node: where.
+        near: what came nearest to the proof, and by how much it missed.
+        fix: what to change in the model's code.
+    """
+
+    def __init__(self, reason: str, node: fx.Node | None = None, *, near: str = "", fix: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.node = node
+        self.near = near
+        self.fix = fix
 
     def __str__(self) -> str:
         source = self.node.meta.get("source", "") if self.node is not None else ""
         place = f" (at {self.node.name}{': ' + source if source else ''})" if self.node is not None else ""
         return self.reason + place
+
+
+def source_of(node: fx.Node) -> str:
+    """The line of the model's code that a node comes from: its own, or for one that a rewrite put there that of the
+    nearest node it is made from; "" where none is known."""
+    seen = {node}
+    level = [node]
+    while level:
+        for current in level:
+            if current.meta.get("source"):
+                return str(current.meta["source"])
+        level = list(dict.fromkeys(n for c in level for n in c.all_input_nodes if n not in seen))
+        seen.update(level)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -195,7 +218,11 @@ class SiteFinder:
             ):
                 break
         else:
-            raise Refusal("no single tensor carries what this layer adds to the next", begin)
+            raise Refusal(
+                "no single tensor carries what this layer adds to the next",
+                begin,
+                fix="let layers pass on one tensor, the residual stream",
+            )
         shared = {n for site in self.nodes if site in above for n in site.args[1:3]}
         others = {
             source
@@ -207,7 +234,11 @@ class SiteFinder:
         for node in found:
             sizes = [tuple(v[node].shape) for v in self.scaled]
             if [s[:2] for s in sizes] != [(2, 5), (3, 7)] or sizes[0][2:] != sizes[1][2:]:
-                raise Refusal(f"a tensor of shape {sizes[0]} for 2 x 5 tokens passes from layer to layer", node)
+                raise Refusal(
+                    f"a tensor of shape {sizes[0]} for 2 x 5 tokens passes from layer to layer",
+                    node,
+                    fix="give every tensor that layers pass on the axes [batch, length, ...]",
+                )
         return found
 
     def probe_weight(self, name: str) -> Tensor:
@@ -277,11 +308,20 @@ class SiteFinder:
                 found[current] = projection
                 continue
             if current.op == "placeholder" or current.target in (*_ATTENTIONS, FEEDBACK):
-                raise Refusal("it is not computed by a projection", current)
+                raise Refusal(
+                    "it is not computed by a projection",
+                    current,
+                    fix="compute queries, keys and values with a linear layer each, or one for all",
+                )
             stack.extend(current.all_input_nodes)
         if len(found) != 1:
             names = ", ".join(str(p.weight.target) for p in list(found.values())[:4])
-            raise Refusal(f"it comes from {len(found)} projections ({names}), not one", node)
+            raise Refusal(
+                f"it comes from {len(found)} projections ({names}), not one",
+                node,
+                near="; ".join(f"{n.name} at {source_of(n)}" for n in in_order(found)[:4]),
+                fix="compute it with one linear layer; two without anything between them can be multiplied into one",
+            )
         return next(iter(found.values()))
 
 
@@ -420,6 +460,10 @@ class Path:
                     f"channel {worst % dim} of head {worst // dim} is not fed by one row of "
                     f"{self.projection.weight.target} at position 0 (best agreement {float(best.min()):.2f})",
                     self.target,
+                    near=f"row {int(where[worst])} is the nearest: it explains the sign of "
+                    f"{round(float(best.min()) * _CODES)} of {_CODES} probes, {round(0.9 * _CODES)} are needed; "
+                    f"{int((best >= 0.9).sum())} of {len(best)} channels have their row",
+                    fix="let each channel of a head be one row of the projection, through reshapes, norms and scales",
                 )
             found.append(where)
         return torch.cat(found).view(heads, dim)
@@ -475,8 +519,16 @@ class Path:
             blocks.append(torch.stack([(inverse @ at[:, t]).T for t in range(length)]))
         turn = blocks[0]  # [3, D, D]: channels at position t = turn[t] @ channels at position 0
         if not _close(blocks[-1], turn, 1e-4):
-            raise Refusal("heads are rotated differently", self.target)
-        pairs, free, frequency, scale = [], [], [], 1.0
+            apart = (blocks[-1] - turn).abs()
+            raise Refusal(
+                "heads are rotated differently",
+                self.target,
+                near=f"heads 0 and {self.heads - 1} differ by {float(apart.max()):.3g}, most in channel "
+                f"{int(apart.amax(dim=(0, 2)).argmax())}",
+                fix="turn all heads of a layer by the same angles",
+            )
+        pairs: list[tuple[int, int]] = []
+        free, frequency, scale = [], [], 1.0
         first = turn[1]
         taken: set[int] = set()
         for i in range(dim):
@@ -493,18 +545,33 @@ class Path:
             proper = abs(float(block[0, 0] - block[1, 1])) < 1e-4 * radius
             proper &= abs(float(block[0, 1] + block[1, 0])) < 1e-4 * radius
             if not proper:
-                raise Refusal(f"positions change channel {i} in another way than a rotation", self.target)
+                raise Refusal(
+                    f"positions change channel {i} in another way than a rotation",
+                    self.target,
+                    near=_nearest_rotation(block, i, j, len(pairs)),
+                    fix="turn both channels of a pair by one angle: (a cos - b sin, a sin + b cos)",
+                )
             angle = float(torch.atan2(block[1, 0], block[0, 0]))
             second = turn[2][[i, j]][:, [i, j]]
             twice = float(torch.atan2(second[1, 0], second[0, 0]))
             if abs((twice - 2 * angle + torch.pi) % (2 * torch.pi) - torch.pi) > 1e-3:
-                raise Refusal(f"the angle of channels {i}, {j} does not grow evenly with the position", self.target)
+                raise Refusal(
+                    f"the angle of channels {i}, {j} does not grow evenly with the position",
+                    self.target,
+                    near=f"they turn by {angle:.4g} from position 0 to 1 and by {twice:.4g} from 0 to 2, modulo a turn",
+                    fix="let the angle be a frequency times the position",
+                )
             taken |= {i, j}
             pairs.append((i, j))
             frequency.append(angle)
         for i in free:
             if abs(float(first[i, i]) - 1.0) > 1e-4:
-                raise Refusal(f"positions scale channel {i}", self.target)
+                raise Refusal(
+                    f"positions scale channel {i}",
+                    self.target,
+                    near=f"by {float(first[i, i]):.4g} from position 0 to 1; {len(pairs)} pairs of channels rotate",
+                    fix="keep the size of queries and keys the same at every position",
+                )
         return Rotary(tuple(pairs), tuple(free), tuple(frequency), scale)
 
     def frontier(self) -> tuple[fx.Node, tuple[int, ...]]:
@@ -549,7 +616,11 @@ class Path:
                     if torch.equal(value, wanted.permute(permutation)):
                         best = (node, permutation)
         if best is None:
-            raise Refusal("its rows are not laid out apart from other operands' before a norm or RoPE", self.target)
+            raise Refusal(
+                "its rows are not laid out apart from other operands' before a norm or RoPE",
+                self.target,
+                fix="split queries, keys and values before they are normalised or turned",
+            )
         return best
 
 
@@ -560,6 +631,18 @@ def _is_count(value: Any) -> bool:
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
     spread = float(b.abs().max()) or 1.0
     return bool((a - b).abs().max() <= tolerance * spread)
+
+
+def _nearest_rotation(block: Tensor, i: int, j: int, before: int) -> str:
+    """How far a 2x2 block is from the rotation, scaled or not, that is nearest to it."""
+    cos, sin = float(block[0, 0] + block[1, 1]) / 2, float(block[1, 0] - block[0, 1]) / 2
+    rotation = torch.tensor([[cos, -sin], [sin, cos]], dtype=block.dtype)
+    angle = float(torch.atan2(rotation[1, 0], rotation[0, 0]))
+    entries = ", ".join(f"{float(e):.4g}" for e in block.flatten())
+    return (
+        f"channels {i} and {j} are mixed by ({entries}); the nearest rotation turns by {angle:.4g} and is off by "
+        f"{float((block - rotation).abs().max()):.3g}; {before} pairs before it rotate"
+    )
 
 
 def _antisymmetric(block: Tensor, i: int, partners: list[int]) -> bool:
@@ -682,7 +765,12 @@ def _find_output(site: AttentionSite) -> OutputProjection:
     while True:
         users = [u for u in node.users if u.op != "output"]
         if len(users) != 1:
-            raise Refusal("the attention output is read in several places before its output projection", node)
+            raise Refusal(
+                "the attention output is read in several places before its output projection",
+                node,
+                near="; ".join(f"{u.name} at {source_of(u)}" for u in in_order(users)[:4]),
+                fix="let the output projection alone read what attention gives",
+            )
         projection = finder.projection(users[0])
         if projection is not None and projection.x in reach:
             following = [u for u in users[0].users if finder.projection(u) is not None]
@@ -694,7 +782,14 @@ def _find_output(site: AttentionSite) -> OutputProjection:
         node = users[0]
         reach.add(node)
         if any(finder.roles[n] == Role.DATA and n not in reach for n in node.all_input_nodes):
-            raise Refusal("the attention output is combined with other data before its output projection", node)
+            others = [n for n in node.all_input_nodes if finder.roles[n] == Role.DATA and n not in reach]
+            raise Refusal(
+                "the attention output is combined with other data before its output projection",
+                node,
+                near=f"{_next_projection(finder, node)} would read it, were it not for {others[0].name} "
+                f"({source_of(others[0])})",
+                fix="combine after the output projection, or fold a gate of fixed numbers into its weight",
+            )
     heads, dim = site.heads, site.value_dim
     code = torch.arange(_BATCH * heads * _LENGTH * dim, dtype=torch.float64).view(_BATCH, heads, _LENGTH, dim)
     value = finder.run([projection.x], {site.node: code}, _BATCH, _LENGTH)[0].double().reshape(_BATCH, _LENGTH, -1)
@@ -710,8 +805,23 @@ def _find_output(site: AttentionSite) -> OutputProjection:
     )  # [B, S, H*Dv]: the code of each (head, channel)
     order = value[0, 0].argsort()
     if value.shape != channel.shape or not torch.equal(value[..., order], channel):
-        raise Refusal("the attention output is changed (a norm, a gate) before its output projection", projection.node)
+        same = int((value[..., order] == channel).sum()) if value.shape == channel.shape else 0
+        raise Refusal(
+            "the attention output is changed (a norm, a gate) before its output projection",
+            projection.node,
+            near=f"{same} of {channel.numel()} entries arrive as they are at {projection.weight.target}",
+            fix="fold fixed factors into the output projection, and leave norms between the two out",
+        )
     return OutputProjection(projection, order.view(heads, dim))
+
+
+def _next_projection(finder: SiteFinder, node: fx.Node) -> str:
+    """The weight of the first projection that reads a node, over other nodes or not."""
+    for user in in_order(reached_from([node]) - {node}):
+        found = finder.projection(user)
+        if found is not None:
+            return str(found.weight.target)
+    return "no projection"
 
 
 def _argument(node: fx.Node, index: int) -> fx.Node:
