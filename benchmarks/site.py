@@ -7,12 +7,14 @@ and the package is laid out as it is imported, for the API to be read from its s
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger("mkdocs.hooks")  # whose warnings --strict counts
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 FOLDERS = ("passes", "kernels", "export")  # beside kvpass/ in the repository, inside it when imported
@@ -38,8 +40,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = posixpath.dirname(page.file.src_uri)
 
     def words(match: re.Match[str]) -> str:
-        outside = posixpath.normpath(posixpath.join(folder, match[2])).startswith("..")
-        return match[1] if outside else match[0]
+        target = posixpath.normpath(posixpath.join(folder, match[2]))
+        if ":" in match[2] or not target.startswith(".."):
+            return match[0]  # which MkDocs checks
+        if not (DOCS / target).exists():
+            log.warning("%s links to %s, which is not there", page.file.src_uri, match[2])
+        return match[1]
 
     return LINK.sub(words, markdown)
 

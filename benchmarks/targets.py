@@ -92,7 +92,7 @@ def _prepare() -> None:
 
 def run(jobs: Sequence[tuple[str, bool]], workers: int) -> list[Row]:
     """All decoders, in worker processes of one thread each."""
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_alone) as pool:
         rows = []
         for (name, _), row in zip(jobs, pool.map(ask, jobs), strict=True):
             rows.append(row)
@@ -100,17 +100,20 @@ def run(jobs: Sequence[tuple[str, bool]], workers: int) -> list[Row]:
         return rows
 
 
+def _alone() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def ask(job: tuple[str, bool]) -> Row:
     """One decoder under every pass."""
     _prepare()
-    import torch
-
     import decoders
     import families
     import kvpass
     import properties
 
-    torch.set_num_threads(1)
     properties.quiet()
     name, family = job
     base = kvpass.transform(families.build(name) if family else decoders.DECODERS[name](), progress=False, verify="off")

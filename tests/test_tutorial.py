@@ -15,7 +15,7 @@ from kvpass.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"```(console|text|python)\n(.*?)```", re.S)
+BLOCK = re.compile(r"```(bash|text|python)\n(.*?)```", re.S)
 
 
 def commands(block: str) -> list[tuple[str, str]]:
@@ -53,7 +53,7 @@ def test_the_tutorial_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     said, shown = "", 0
     for kind, block in BLOCK.findall(PAGE):
-        if kind == "console":
+        if kind == "bash":
             said = "".join(run(line, given) for line, given in commands(block))
         elif kind == "python":
             out = io.StringIO()
@@ -68,7 +68,7 @@ def test_the_tutorial_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.Mon
     assert shown >= 15
 
 
-def test_the_tutorial_says_what_it_leaves_behind(tmp_path: Path) -> None:
+def test_the_tutorial_writes_nothing_outside_of_its_own_folder(tmp_path: Path) -> None:
     written = {word for line in re.findall(r"^kvpass .*$", PAGE, re.M) for word in shlex.split(line.split("  #")[0])}
     outputs = [word for word in written if word.startswith("build/")]
     assert outputs
