@@ -1,24 +1,29 @@
-"""The tables of knobs on the passes' pages, from the dataclasses and their docstrings.
+"""What is made from the code on the passes' pages: knobs, and what a pass composes with.
 
     python -m benchmarks.knobs [--check]
 
-A page names its place with a line `<!-- knobs: GroupHeads -->`; the table follows it, up to the next empty line.
+A page names the place with a line `<!-- knobs: GroupHeads -->` or `<!-- composes: GroupHeads -->`; what follows it, up
+to the next empty line, is written here: from the dataclass and its docstring, and by planning every pair
+(`tests/algebra.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import re
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any, get_type_hints
 
+from kvpass.ir.plan import CachePlan
 from kvpass.passes import Pass
 from kvpass.recipe import PASSES
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "passes"
-PLACE = re.compile(r"(<!-- knobs: (\w+) -->\n\n).*?(?=\n\n|\Z)", re.S)
+PLACE = re.compile(r"(<!-- (knobs|composes): (\w+) -->\n\n).*?(?=\n\n|\n?\Z)", re.S)
 
 
 def meanings(kind: type[Pass]) -> dict[str, str]:
@@ -39,23 +44,57 @@ def meanings(kind: type[Pass]) -> dict[str, str]:
 
 def table(kind: type[Pass]) -> str:
     """The knobs of a pass: a row per field."""
-    said = meanings(kind)
+    said, hints = meanings(kind), get_type_hints(kind)
     rows = ["| knob | type | default | what it says |", "|---|---|---|---|"]
     for field in fields(kind):  # type: ignore[arg-type]
         default = "needed" if field.default is MISSING else f"`{field.default!r}`"
-        kind_ = str(field.type).replace("|", "\\|")
-        rows.append(f"| `{field.name}` | `{kind_}` | {default} | {said[field.name].replace('|', chr(92) + '|')} |")
+        words = hints[field.name].__name__ if isinstance(hints[field.name], type) else str(hints[field.name])
+        words = words.replace("typing.", "").replace("|", "\\|")
+        rows.append(f"| `{field.name}` | `{words}` | {default} | {said[field.name].replace('|', chr(92) + '|')} |")
     return "\n".join(rows) if len(rows) > 2 else "It has none."
 
 
 def filled(page: str) -> str:
     """A page with its tables as they are to be."""
     kinds = {kind.__name__: kind for kind in PASSES.values()}
-    return PLACE.sub(lambda match: match[1] + table(kinds[match[2]]), page)
+    makers = {"knobs": lambda name: table(kinds[name]), "composes": pairs}
+    return PLACE.sub(lambda match: match[1] + makers[match[2]](match[3]), page)
+
+
+@functools.cache
+def _plan() -> CachePlan:
+    return algebra().model().plan
+
+
+def algebra() -> Any:
+    """The tests' module of combinations."""
+    folder = str(FOLDER.parent.parent / "tests")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import algebra
+
+    return algebra
+
+
+def pairs(name: str) -> str:
+    """A line per way to use a pass: with which others it composes, and why not with the rest."""
+    found, lines = algebra(), []
+    steps = list(found.STEPS)
+    for mine in (step for step in steps if step.split(",")[0] == name):
+        yes, no = [], {}
+        for other in (step for step in steps if step.split(",")[0] != name):
+            outcome = found.outcome(_plan(), tuple(sorted((mine, other), key=steps.index)))
+            if outcome.plan is not None:
+                yes.append(other)
+            else:
+                no.setdefault(found.LAYER.sub("a layer", outcome.reason), []).append(other)
+        lines.append(f"- **{mine}** goes with {'; '.join(yes)}" + ("." if no else ", which is all."))
+        lines += [f"- **{mine}** is refused with {'; '.join(others)}: {reason}." for reason, others in no.items()]
+    return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the tables of knobs into the passes' pages.")
+    parser = argparse.ArgumentParser(description="Write knobs and compositions into the passes' pages.")
     parser.add_argument("--check", action="store_true", help="exit 1 where a page would change")
     arguments = parser.parse_args()
     stale = []

@@ -48,10 +48,11 @@ def test_a_picture_is_what_the_code_draws(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_pass_has_the_knobs_that_its_page_lists(page: Path) -> None:
+def test_a_pass_has_the_knobs_and_the_company_that_its_page_lists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     kind = PASSES[page.stem]
     assert f"<!-- knobs: {kind.__name__} -->" in text
+    assert f"<!-- composes: {kind.__name__} -->" in text or kind is passes.SplitProjections  # which goes with anything
     assert knobs.filled(text) == text, "python -m benchmarks.knobs"
     assert set(knobs.meanings(kind)) == {field.name for field in fields(kind)}  # type: ignore[arg-type]
 
