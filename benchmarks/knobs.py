@@ -49,7 +49,7 @@ def table(kind: type[Pass]) -> str:
     for field in fields(kind):  # type: ignore[arg-type]
         default = "needed" if field.default is MISSING else f"`{field.default!r}`"
         words = hints[field.name].__name__ if isinstance(hints[field.name], type) else str(hints[field.name])
-        words = words.replace("typing.", "").replace("|", "\\|")
+        words = re.sub(r"Optional\[(.*)\]", r"\1 | None", words.replace("typing.", "")).replace("|", "\\|")
         rows.append(f"| `{field.name}` | `{words}` | {default} | {said[field.name].replace('|', chr(92) + '|')} |")
     return "\n".join(rows) if len(rows) > 2 else "It has none."
 
