@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test lint types unit install docs goldens clean
+.PHONY: demo test lint types unit install docs site goldens clean
 
 demo: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m examples.demo
@@ -32,6 +32,13 @@ unit: install
 docs: install
 	$(BIN)/python -m benchmarks.matrix --write docs/families.md
 	$(BIN)/python -m benchmarks.plans --write docs/plans.md
+	$(BIN)/python -m benchmarks.targets --write docs/matrix.md
+	$(BIN)/python -m benchmarks.pictures
+	$(BIN)/python -m benchmarks.knobs
+
+# the documentation as pages, in build/site; a warning fails
+site: install
+	$(BIN)/python -m mkdocs build --strict
 
 # what the tests compare with; look at what changed before it is committed
 goldens: install
