@@ -84,9 +84,7 @@ def _streams(model: Transformed, rows: Tensor, context: int) -> tuple[list[Tenso
         }
         given[placeholder(graph, "input_ids")] = ids
         with torch.no_grad():
-            parts.append(
-                evaluate([*asked, output_node(graph)], given, held.__getitem__, model.device, lowered=targets)
-            )
+            parts.append(evaluate([*asked, output_node(graph)], given, held.__getitem__, model.device, lowered=targets))
         state.advance(int(ids.shape[1]))
     *found, logits = [torch.cat(pieces, dim=1).cpu() for pieces in zip(*parts, strict=True)]
     values = iter(found)

@@ -192,7 +192,8 @@ def measure(
     sizes = sizes or Sizes()
     if not steps and original is None:
         raise RequestError(
-            "there is nothing to compare: no pass is asked for", fix="give a recipe, or the original of a rewritten model"
+            "there is nothing to compare: no pass is asked for",
+            fix="give a recipe, or the original of a rewritten model",
         )
     options: dict[str, Any] = {"device": device, "seed": seed, "verify": verify, "progress": False}
 
@@ -204,7 +205,9 @@ def measure(
     make_plan(model.program, steps)
     for step in steps:
         if step.needs_calibration and calibration is None:
-            raise RequestError(f"{step.describe()} needs calibration text", fix="give calibration=, or leave out the fit")
+            raise RequestError(
+                f"{step.describe()} needs calibration text", fix="give calibration=, or leave out the fit"
+            )
     before = model if original is None else made(original)
     if len(before.plan) != len(model.plan):
         raise RequestError(
@@ -279,8 +282,8 @@ class _Scores:
             models, self.tokens, context=sizes.context, continuation=sizes.continuation, windows=sizes.windows
         )
         score = found[next(reversed(models))]
-        error = None if model is self.original or not math.isfinite(score.nll_delta_se) else score.nll_delta_se
-        return Point(name, per_token, score.used_bytes_per_token, score.nll, error, score.kl, score.top1)
+        paired = None if model is self.original or not math.isfinite(score.nll_delta_se) else score.nll_delta_se
+        return Point(name, per_token, score.used_bytes_per_token, score.nll, paired, score.kl, score.top1)
 
 
 def _prompt_length(before: CachePlan, after: CachePlan, longest: int | None, wanted: int | None) -> int:

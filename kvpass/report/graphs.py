@@ -63,7 +63,7 @@ def graph_changes(before: Transformed, after: Transformed) -> GraphChange:
     from kvpass.regression.snapshot import take
 
     graded = compare(*(take(m, weights="shapes", logits=False) for m in (before, after)))
-    old, new = layer_lines(before.program), layer_lines(after.program)
+    old, new = (layer_lines(m.executor.program) for m in (before, after))  # in which weights are folded
     sections, same = [], []
     for name in dict.fromkeys([*old, *new]):
         lines = list(difflib.unified_diff(old.get(name, []), new.get(name, []), lineterm="", n=2))[2:]
@@ -88,7 +88,7 @@ def layer_lines(program: Program) -> dict[str, list[str]]:
             end = attention
         for node in ancestors([end]):
             place.setdefault(node, f"layer {layer}")
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {POSITIONS: []}
     nodes = [n for n in graph.nodes if n.op != "get_attr"]
     for node, line in zip(nodes, graph_text(program).splitlines(), strict=True):
         name = place.get(node, HEAD)

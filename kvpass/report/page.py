@@ -18,7 +18,7 @@ from kvpass.report.retained import Kept
 
 WIDTH, HEIGHT = 380, 250  # of a plot, in units that are pixels on a phone
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 12, 40
-STRIPS = 256  # pieces into which the picture of a prompt is cut at most
+STRIPS = 512  # pieces into which the picture of a prompt is cut at most
 WORDS = {"exact": "computes the same", "lossy": "changes what is computed", "layout": "lays memory out otherwise"}
 
 
@@ -31,7 +31,9 @@ def render(figures: Figures) -> str:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise RequestError("the report needs Jinja2, which is not installed", fix="pip install 'kvpass[report]'") from error
+        raise RequestError(
+            "the report needs Jinja2, which is not installed", fix="pip install 'kvpass[report]'"
+        ) from error
     environment = Environment(
         loader=PackageLoader("kvpass.report", "."),
         autoescape=True,
@@ -39,7 +41,14 @@ def render(figures: Figures) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "number": number, "percent": percent, "nats": nats}
+    environment.filters |= {
+        "size": size,
+        "number": number,
+        "percent": percent,
+        "nats": nats,
+        "change": change,
+        "seconds": seconds,
+    }
     plots = [
         scatter(figures, "nll", "negative log-likelihood, nats per token"),
         scatter(figures, "kl", "KL from the original, nats per token"),
@@ -97,6 +106,20 @@ def percent(value: float | None, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def change(sizes: tuple[int, int]) -> str:
+    """What a size was, and by how much it shrank or grew."""
+    before, after = sizes
+    if before == after or not before or not after:
+        return f"was {size(before)}"
+    word = "smaller" if after < before else "larger"
+    return f"was {size(before)}; {max(before, after) / min(before, after):.2f}× {word}"
+
+
+def seconds(value: float) -> str:
+    """A time that took milliseconds or minutes."""
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
 def nats(value: float) -> str:
     """A difference, with its sign."""
     return f"{value:+.4f}".replace("-", "−")
@@ -104,10 +127,8 @@ def nats(value: float) -> str:
 
 @dataclass(frozen=True)
 class Headline:
-    """The figures that a reader sees first; quality is None where it was not measured."""
+    """What the result costs, as a reader sees it first; None where it was not measured."""
 
-    factor: float
-    prompt_factor: float
     nll: float | None
     nll_relative: float | None
     kl: float | None
@@ -117,15 +138,12 @@ class Headline:
 def headline(figures: Figures) -> Headline:
     """What it came to."""
     first, last = figures.quality[0], figures.quality[-1]
-    measured = first.nll is not None and last.nll is not None
-    change = last.nll - first.nll if first.nll is not None and last.nll is not None else None
+    moved = last.nll - first.nll if first.nll is not None and last.nll is not None else None
     return Headline(
-        factor=figures.bytes_per_token[0] / max(1, figures.bytes_per_token[1]),
-        prompt_factor=figures.prompt_bytes[0] / max(1, figures.prompt_bytes[1]),
-        nll=change,
-        nll_relative=change / first.nll if change is not None and first.nll else None,
-        kl=last.kl if measured else None,
-        top1=last.top1 if measured else None,
+        nll=moved,
+        nll_relative=moved / first.nll if moved is not None and first.nll else None,
+        kl=last.kl,
+        top1=last.top1,
     )
 
 

@@ -44,12 +44,13 @@ class Browser:
         self._buffer = b""
         commands, self._send = os.pipe()
         self._receive, answers = os.pipe()
-        os.set_inheritable(self._send, False)
 
         def place() -> None:  # the browser reads at 3 and writes at 4, whatever numbers the pipes have here
             high = os.dup(answers) if answers == 3 else answers
             os.dup2(commands, 3)
             os.dup2(high, 4)
+            os.set_inheritable(3, True)  # which a copy onto itself does not make it
+            os.set_inheritable(4, True)
 
         words = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
