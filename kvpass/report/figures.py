@@ -202,7 +202,7 @@ def measure(
 
     tell("capturing")
     model = made(source)
-    make_plan(model.program, steps)
+    planned = make_plan(model.program, steps)
     for step in steps:
         if step.needs_calibration and calibration is None:
             raise RequestError(
@@ -216,6 +216,12 @@ def measure(
         )
     folder = model.program.facts.folder or before.program.facts.folder
     tokens = token_stream(text, folder)
+    length = _prompt_length(before.plan, planned, model.program.facts.max_positions, sizes.prompt)
+    if len(tokens) < length:
+        if sizes.prompt is not None:
+            what = f"the text has {len(tokens)} tokens, and the prompt is to have {length}"
+            raise RequestError(what, fix="give a longer text, or a shorter prompt")
+        length = len(tokens)
     score = _Scores(before, tokens, sizes)
     quality = [score.point("original", before)]
     records: list[PassRecord] = []
@@ -231,9 +237,6 @@ def measure(
         records += model.report.passes
         tell(f"scoring after {step.describe()}")
         quality.append(score.point(step.describe(), model))
-    length = _prompt_length(before.plan, model.plan, model.program.facts.max_positions, sizes.prompt)
-    if len(tokens) < length:
-        length = len(tokens)
     tell("looking at layers")
     after_bytes, before_bytes = _layer_bytes(model.plan, length), _layer_bytes(before.plan, length)
     layers = tuple(

@@ -27,11 +27,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList([Block() for _ in range(LAYERS)])
+        self.blocks = nn.ModuleList([Block() for _ in range(layers)])
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:

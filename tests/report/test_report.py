@@ -205,7 +205,11 @@ def test_a_request_that_compares_nothing_is_refused(decoder: Decoder, text: Tens
     with pytest.raises(RequestError, match="needs calibration text"):
         measure(decoder, [GroupHeads(2, refit="o_proj")], text=[text], device="cpu", verify="off")
     with pytest.raises(RequestError, match="one window"):
-        measure(decoder, [SlideWindow(8)], text=[text[:20]], sizes=SIZES, device="cpu", verify="off")
+        measure(decoder, [SlideWindow(8)], text=[text[:20]], sizes=replace(SIZES, prompt=None), device="cpu")
+    with pytest.raises(RequestError, match="the text has 400 tokens, and the prompt is to have 401"):
+        measure(decoder, [SlideWindow(8)], text=[text], sizes=replace(SIZES, prompt=401), device="cpu", verify="off")
+    with pytest.raises(RequestError, match="has 2 layers, and the model 3"):
+        measure(decoder, text=[text], original=Decoder(2), sizes=SIZES, device="cpu", verify="off")
 
 
 # ---------------------------------------------------------------------- the page
