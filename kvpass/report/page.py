@@ -19,7 +19,11 @@ from kvpass.report.retained import Kept
 WIDTH, HEIGHT = 380, 250  # of a plot, in units that are pixels on a phone
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 12, 40
 STRIPS = 512  # pieces into which the picture of a prompt is cut at most
-WORDS = {"exact": "computes the same", "lossy": "changes what is computed", "layout": "computes the same, ordered otherwise"}
+WORDS = {
+    "exact": "computes the same",
+    "layout": "computes the same, ordered otherwise",
+    "lossy": "changes what is computed",
+}
 
 
 def render(figures: Figures) -> str:
