@@ -18,10 +18,10 @@ class Block(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.o, self.up = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = (p(x).view(batch, length, HEADS, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
-        read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.o(read.transpose(1, 2).reshape(batch, length, WIDTH))
         return x + torch.tanh(self.up(x))
 

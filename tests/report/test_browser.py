@@ -88,6 +88,16 @@ def test_text_stands_out_from_what_is_behind_it(browser: Browser, page: Path, da
     assert (sum(int(c) for c in colour[4:-1].split(",")) < 200) == dark
 
 
+def test_paper_is_light_whatever_the_screen_is(browser: Browser, page: Path) -> None:
+    browser.open(page, width=1280, dark=True)
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[scheme])
+    ratio, where = browser.value(CONTRAST)
+    assert ratio >= 4.5, where
+    assert browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.call("Page.printToPDF")["data"].startswith("JVBERi")  # %PDF
+
+
 def test_layers_unfold_without_scripts(browser: Browser, page: Path) -> None:
     browser.open(page, width=1280, scripts=False)
     assert browser.complaints() == []

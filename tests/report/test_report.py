@@ -21,6 +21,7 @@ from kvpass.cli import app
 from kvpass.errors import RequestError
 from kvpass.passes import EvictKV, GroupHeads, Pass, QuantizeKV, ShareLayers, SlideWindow, SplitProjections
 from kvpass.quality import continuation
+from kvpass.quality.measures import text_windows
 from kvpass.report import Figures, measure, render, write
 from kvpass.report.page import change, percent, scatter, seconds, size, strip, ticks, timeline
 from kvpass.report.retained import Kept, Run
@@ -107,9 +108,9 @@ def test_bytes_are_those_of_the_plan(decoder: Decoder, text: Tensor, steps: list
 
 
 def test_every_prefix_of_the_recipe_is_scored_as_eval_scores_it(decoder: Decoder, text: Tensor) -> None:
-    steps = [GroupHeads(2, method="mean"), SlideWindow(8, sinks=2)]
-    found = report(decoder, text, *steps)
-    options = {"device": "cpu", "verify": "off"}
+    steps = [GroupHeads(2, refit="o_proj"), SlideWindow(8, sinks=2)]
+    options = {"device": "cpu", "verify": "off", "calibration": [text.roll(1), text.flip(0)]}
+    found = measure(decoder, steps, text=[text], sizes=SIZES, **options)
     models = {str(n): kvpass.transform(decoder, steps[:n], **options) for n in range(3)}
     scores = continuation(models, text, context=SIZES.context, continuation=SIZES.continuation, windows=SIZES.windows)
     assert [p.name for p in found.quality] == ["original", *(s.describe() for s in steps)]
@@ -139,6 +140,23 @@ def test_drift_begins_at_the_layer_that_was_changed(decoder: Decoder, text: Tens
     assert found.layers[1] > 1e-3
     assert found.logits > 1e-3
     assert found.tokens == 4 * SIZES.continuation
+
+
+def test_drift_is_that_of_the_residual_stream(decoder: Decoder, text: Tensor) -> None:
+    found = report(decoder, text, SlideWindow((8, 0, 4), sinks=2)).drift
+    rows = text_windows(text, SIZES.context, SIZES.continuation, 4)
+    distance = torch.arange(rows.shape[1]).unsqueeze(1) - torch.arange(rows.shape[1])
+    causal = distance >= 0
+    streams: list[Tensor] = []
+    for windows in ((0, 0, 0), (8, 0, 4)):
+        x = decoder.words(rows)
+        for block, window in zip(decoder.blocks, windows, strict=True):
+            read = causal & ((distance < window) | (torch.arange(rows.shape[1]) < 2)) if window else causal
+            x = block(x, read)
+            streams.append(x[:, SIZES.context :])
+        streams.append(decoder.head(x)[:, SIZES.context :])
+    errors = [(b - a).norm().item() / a.norm().item() for a, b in zip(streams[:4], streams[4:], strict=True)]
+    assert [*found.layers, found.logits] == pytest.approx([*errors[:2], errors[3]], rel=1e-4)
 
 
 def test_drift_is_that_of_the_cache_where_a_forward_pass_drops_nothing(decoder: Decoder, text: Tensor) -> None:
