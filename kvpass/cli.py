@@ -1757,4 +1757,5 @@ def _size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-import kvpass.regression.cli  # noqa: E402, F401  (its commands are made of what stands above)
+import kvpass.regression.cli  # noqa: E402  (its commands are made of what stands above)
+import kvpass.report.cli  # noqa: E402, F401
