@@ -78,6 +78,15 @@ def test_nothing_is_wider_than_the_screen_but_tables_that_scroll(browser: Browse
     assert overflowing(browser, width) == []
 
 
+@pytest.mark.parametrize("width", [*WIDTHS, 360])
+def test_no_bar_of_the_drift_is_cut_off(browser: Browser, page: Path, figures: Figures, width: int) -> None:
+    browser.open(page, width=width)
+    assert browser.value("(e => e.scrollWidth - e.clientWidth)(document.querySelector('#drift-table'))") == 0
+    bars = browser.value("[...document.querySelectorAll('#drift-table i')].map(b => b.getBoundingClientRect().width)")
+    said = [*(d for d in figures.drift.layers if d is not None), figures.drift.logits]
+    assert [b / max(bars) for b in bars] == pytest.approx([d / max(said) for d in said], abs=0.02)
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(browser: Browser, page: Path, dark: bool) -> None:
     browser.open(page, width=1280, dark=dark)
