@@ -597,8 +597,10 @@ def _ask_lowering(seen: _Seen) -> Verdict:
         mine = [c for c in chosen if c.layer == site.layer]
         plain = [c for c in mine if not c.kernels]
         if plain:
-            near = _kernel_words(mine)
-            raise Refusal(plain[0].reason, site.node, near=near, fix="docs/kernels.md says what kernels do")
+            node, near, fitted = site.node, _kernel_words(mine), seen.mask(site)
+            if fitted is not None and fitted.tabulated:
+                node, near = site.optional("mask") or node, str(fitted.near)
+            raise Refusal(plain[0].reason, node, near=near, fix="docs/kernels.md says what kernels do")
         return {f"{c.entry}: {c.op}": c.kernels for c in mine}
 
     return verdict

@@ -141,6 +141,15 @@ def test_a_mask_that_is_kept_as_a_table_does_not_trouble_passes_that_do_not_read
     assert facts(found[2])["mask"].startswith("tabulated")
 
 
+def test_a_saved_program_tells_the_mask_that_was_kept_as_a_table(tmp_path: Path) -> None:
+    kvpass.transform(Model(mask=2), verify="off", progress=False).save(tmp_path / "saved")
+    for name in ("evict-kv", "lower-attention"):
+        miss = the_miss(kvpass.explain(str(tmp_path / "saved"), name), 2)
+        assert "table" in miss.reason
+        assert miss.source.startswith(line_of("every third key"))
+        assert miss.near_miss.startswith("causal explains 216 of 300 entries")
+
+
 def test_a_layer_that_capture_refuses_leaves_the_others_explained() -> None:
     model = Model("eager", mask=2)
     with pytest.raises(CaptureError, match="mask is not understood"):
@@ -261,12 +270,11 @@ def test_a_norm_over_all_heads_is_refused_by_heads_alone() -> None:
 
 
 def test_latent_attention_is_told_with_both_projections_and_their_lines() -> None:
-    found = kvpass.explain(families.build("deepseek_v3"), "group-heads", layer=1)
-    assert [e.layer for e in found] == [1]
-    assert found[0].failed == "k rows"
-    assert found[0].near_miss.count("modeling_deepseek_v3.py:") == 2
-    assert facts(found[0])["v rows"].endswith("kv_b_proj.weight: 8 + 20 h + c for channel c of head h of 80 rows")
-    assert "layers 0-2: NOT matched (k rows)" in table(kvpass.explain(families.build("deepseek_v3"), "group-heads"))
+    found = kvpass.explain(families.build("deepseek_v3"), "group-heads")
+    assert [(e.layer, e.failed) for e in found] == [(n, "k rows") for n in range(3)]
+    assert found[1].near_miss.count("modeling_deepseek_v3.py:") == 2
+    assert facts(found[1])["v rows"].endswith("kv_b_proj.weight: 8 + 20 h + c for channel c of head h of 80 rows")
+    assert table(found).startswith("layers 0-2: NOT matched (k rows)")
 
 
 # ---------------------------------------------------------------------- the command
