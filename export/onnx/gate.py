@@ -325,7 +325,7 @@ def _compare_passes(model: Transformed, folder: Path, dtype: str, positions: int
     rows = torch.arange(2)
     logits, state = model.prefill(ids[:, : int(lengths.max())], lengths)
     right = [logits] + [model.decode(ids[rows, lengths + n].unsqueeze(1), state)[:, -1] for n in range(steps - 1)]
-    runner = OnnxModel.open(folder)
+    runner = OnnxModel.open(folder, packed=False)
     found = [runner.prefill(ids[:, : int(lengths.max())].numpy(), lengths.numpy())]
     found += [runner.decode(ids[rows, lengths + step].unsqueeze(1).numpy()) for step in range(steps - 1)]
     expected = torch.stack(right).float().cpu()
@@ -351,7 +351,7 @@ def _compare_chosen(model: Transformed, folder: Path, dtype: str, positions: int
     tokens = [ids[rows, lengths + step].unsqueeze(1) for step in range(STEPS)]
     logits, state = model.prefill(ids[:, :length], lengths)
     right = [logits, *(model.decode(token, state)[:, -1] for token in tokens)]
-    runner = OnnxModel.open(folder)  # not before: threads of two runtimes get in each other's way
+    runner = OnnxModel.open(folder, packed=False)  # not before: threads of two runtimes get in each other's way
     found = [runner.prefill(ids[:, :length].numpy(), lengths.numpy(), capacity=length + STEPS)]
     found += [runner.decode(token.numpy()) for token in tokens]
     expected, given = torch.stack(right).float().cpu(), torch.from_numpy(np.stack(found))

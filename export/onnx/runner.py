@@ -114,7 +114,12 @@ class OnnxModel:
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, providers: Sequence[str] | None = None, threads: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        packed: bool = True,
     ) -> OnnxModel:
         """Load what `export_onnx` wrote.
 
@@ -122,6 +127,8 @@ class OnnxModel:
             folder: with `model.onnx` and `kvpass-onnx.json`.
             providers: execution providers of ONNX Runtime, best first; the CPU's where None.
             threads: that compute an operator; one per core where None.
+            packed: whether weights are rearranged for speed. Without that they are held once, and products with weights
+                of 4 bits are of the numbers that these stand for, at a price in speed.
 
         Raises:
             RequestError: ONNX Runtime is not installed, or has none of a provider.
@@ -129,7 +136,8 @@ class OnnxModel:
         """
         path = Path(folder)
         marker = _read_marker(path)
-        session = _session(path, list(providers or ["CPUExecutionProvider"]), threads)
+        chosen = list(providers or ["CPUExecutionProvider"])
+        session = _session(path, chosen, threads, packed=packed)
         try:
             layers = [
                 _Layer(*(int(e[k]) for k in ("owner", "kv_heads", "head_dim", "window", "sinks", "bits")))
@@ -147,11 +155,9 @@ class OnnxModel:
         listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
         made = cls(session, layers, positions, vocab_size, listed, target)
         if marker.get("passes"):
-            made._passes = _Passes(
-                _session(path, list(providers or ["CPUExecutionProvider"]), threads, SECOND["pass"]), **marker["passes"]
-            )
+            made._passes = _Passes(_session(path, chosen, threads, SECOND["pass"], packed=packed), **marker["passes"])
         if marker.get("choices") is not None:
-            prompts = _session(path, list(providers or ["CPUExecutionProvider"]), threads, SECOND["prompt"])
+            prompts = _session(path, chosen, threads, SECOND["prompt"], packed=packed)
             made._choices = prompts, tuple(Choice(**entry) for entry in marker["choices"])
         return made
 
@@ -566,7 +572,7 @@ def _read_marker(path: Path) -> dict[str, Any]:
     return document
 
 
-def _session(path: Path, providers: list[str], threads: int | None, file: str = FILE) -> Any:
+def _session(path: Path, providers: list[str], threads: int | None, file: str = FILE, *, packed: bool = True) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -581,6 +587,7 @@ def _session(path: Path, providers: list[str], threads: int | None, file: str = 
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

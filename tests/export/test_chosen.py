@@ -95,6 +95,21 @@ def test_half_precision(tmp_path: Path) -> None:
     assert all(c["measured"] < 1e-2 for c in made.checks), made.checks
 
 
+@pytest.mark.parametrize(
+    "steps", [RECIPES["every head its own tokens"], [ShareLayers("lckv:2")]], ids=["chosen", "upward"]
+)
+def test_two_graphs_share_weights_of_4_bits(tmp_path: Path, steps) -> None:
+    decoder = wide("llama", num_hidden_layers=4, max_position_embeddings=512)
+    model = kvpass.transform(decoder, steps, progress=False, verify="off")
+    made = model.export_onnx(tmp_path / "out", weights="int4", positions=POSITIONS)
+    assert all(c["measured"] < (c["allowed"] or 1) for c in made.checks), made.checks
+    assert made.nodes["MatMulNBits"] > 4 * 4
+    for file in (tmp_path / "out").glob("*.onnx"):
+        proto = onnx.load(file, load_external_data=False)
+        codes = [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
+        assert {e.value for i in codes for e in i.external_data if e.key == "location"} == {"model.onnx.data"}
+
+
 def test_both_graphs_read_one_file_of_weights(packages) -> None:
     _, folder, _ = packages("every head its own tokens")
     for file in ("model.onnx", "prompt.onnx"):
