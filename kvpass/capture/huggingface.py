@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +120,13 @@ def read_config(source: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    looks_like_a_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_a_path and not Path(source).is_dir():
+        raise SourceError(
+            f"there is no folder {str(Path(source).absolute())!r}",
+            where=source,
+            fix="give a folder with config.json and *.safetensors; relative ones are looked up from where you are",
+        )
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

@@ -21,7 +21,7 @@ from kvpass.cli import (
     _working,
     app,
 )
-from kvpass.errors import RequestError
+from kvpass.errors import RequestError, SourceError
 
 if TYPE_CHECKING:
     from kvpass.regression.diff import Diff
@@ -173,7 +173,9 @@ def check(
                 for r in results
             ],
         }
-        out.status = 0 if all(r.passed for r in results) else 1
+        wrong = [r for r in results if not r.passed]
+        asked_wrongly = all(isinstance(r.error, RequestError | SourceError) for r in wrong)
+        out.status = 0 if not wrong else 2 if asked_wrongly else 1
         if as_json:
             return
         for result in results:
@@ -181,3 +183,5 @@ def check(
             if not result.passed or (result.outcome is not None and result.outcome.diff and result.outcome.diff.notes):
                 typer.echo("\n".join("  " + line for line in result.text().split("\n")))
         typer.echo(f"{lock}: {sum(r.passed for r in results)} of {len(results)} checks passed")
+        if any(r.status == "failed" for r in results):
+            typer.echo(f"if this is what you meant: kvpass check {lock} --update, and commit the goldens")

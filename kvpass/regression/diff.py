@@ -135,7 +135,7 @@ def _cell(text: str) -> str:
 
 def _plans(old: Snapshot, new: Snapshot) -> Iterator[Difference]:
     before, after = _layers(old), _layers(new)
-    size = f"{old.bytes_per_token:,} -> {new.bytes_per_token:,} bytes per token"
+    size = f"{old.bytes_per_token:,} -> {new.bytes_per_token:,} bytes per token while no window is full"
     if len(before) != len(after):
         yield Difference(Grade.PLAN, "plan", f"{len(before)} -> {len(after)} layers; {size}")
         return
