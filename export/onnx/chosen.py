@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, fx
 
 from kvpass.export.onnx import standard
+from kvpass.export.onnx.contrib import group_query_attention, scoring
+from kvpass.export.onnx.entry import Entry
 from kvpass.ir.attention import NEG_INF, scored, shared_out
 from kvpass.ir.plan import CachePlan
-from kvpass.ir.program import ATTENTION, COLUMN_MASS, KEEP, SURVIVORS, Program, aten, insert_call, merge_equal, sweep
+from kvpass.ir.program import ATTENTION, COLUMN_MASS, KEEP, SURVIVORS, aten
 from kvpass.ir.retention import Retention
 from kvpass.ir.selection import take
 
@@ -96,21 +98,12 @@ def why_not_chosen(plan: CachePlan) -> str:
     return ""
 
 
-class PromptLowering:
+class PromptLowering(Entry):
     """The entry `prefill` of one prompt on its way to ONNX."""
 
-    def __init__(self, program: Program, plan: CachePlan, graph: fx.Graph, tables: dict[str, fx.Node]) -> None:
-        self.program, self.plan, self.graph = program, plan, graph
-        self.inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
-        self.ids = self.inputs["input_ids"]
-        self.body = next(n for n in graph.nodes if n.op == "call_function")
-        for name, node in tables.items():
-            self.inputs[name].replace_all_uses_with(node)
+    def __init__(self, plan: CachePlan, graph: fx.Graph, tables: dict[str, fx.Node]) -> None:
+        super().__init__(plan, graph, tables)
         self.choices = choices_of(plan)
-        self.presents: dict[int, tuple[fx.Node, fx.Node]] = {}
-
-    def call(self, before: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
-        return insert_call(self.graph, before, target, *arguments, **options)
 
     def run(self) -> None:
         graph, anchor = self.graph, self.ids
@@ -123,16 +116,7 @@ class PromptLowering:
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in _LOWERED:
                 _LOWERED[node.target](self, node)
-        logits = graph.output_node().args[0]
-        graph.output_node().args = ((logits, *(n for o in self.plan.owners() for n in self.presents[o])),)
-        for node in reversed(list(graph.nodes)):
-            if node.op == "call_function" and node.target is KEEP:
-                graph.erase_node(node)
-        sweep(graph)
-        for node in self.inputs.values():
-            if node is not self.ids and not node.users:
-                graph.erase_node(node)
-        merge_equal(graph, data=True)
+        self.finish()
 
     def _lengths(self) -> None:
         """Sizes and positions, all from what is given."""
@@ -140,7 +124,7 @@ class PromptLowering:
         whole = self.call(body, aten.sym_size.int, self.ids, 1)
         zero = self.call(body, aten.zeros.default, [1], dtype=torch.int64)
         last = whole
-        put: dict[str, fx.Node | int] = {"starts": zero, "prompt": self._counted(whole), "base": 0}
+        put = {"starts": zero, "prompt": self._counted(whole)}
         for choice in self.choices:
             width = self.call(body, aten.sym_size.int, self.told[choice.kept], 0)
             names = ("width", "count") if choice.passes else ("keep_width", "keep")
@@ -148,14 +132,9 @@ class PromptLowering:
             last = width if choice.passes else last
         put["last"] = self.call(body, aten.sub.Tensor, self._counted(last), 1)
         for name, node in put.items():
-            given = self.inputs.get(name)
-            if given is None:
-                continue
-            if isinstance(node, fx.Node):
-                given.replace_all_uses_with(node)
-            else:
-                for user in list(given.users):
-                    user.args = tuple(node if a is given else a for a in user.args)
+            if name in self.inputs:
+                self.inputs[name].replace_all_uses_with(node)
+        self.start_at_zero()
 
     def _counted(self, size: fx.Node) -> fx.Node:
         """A size as a tensor [1]."""
@@ -196,15 +175,14 @@ class PromptLowering:
         self.presents[layer] = tuple(  # type: ignore[assignment]
             self.call(node, kept_of_prompt, x, index, codes=codes) for x in (k, v)
         )
+        self.graph.erase_node(node)
 
     def _attend(self, node: fx.Node) -> None:
-        from kvpass.export.onnx.lower import _scoring
-
         arguments: list[Any] = [*node.args, *[None] * 4][:4]
         cache = self.plan[int(str(node.kwargs["layer"]))]
         k, v = (self._stored(node, x) for x in arguments[1:3])
         made = self.call(
-            node, attend_prompt, arguments[0], k, v, arguments[3], attributes=_scoring(cache, dict(node.kwargs))
+            node, attend_prompt, arguments[0], k, v, arguments[3], attributes=scoring(cache, dict(node.kwargs))
         )
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
@@ -259,17 +237,20 @@ def mass_of_prompt(
 
 
 def survivors_of_prompt(ranks: Tensor, kept: Tensor, prompt: Tensor, *, rule: str) -> Tensor:
-    """Which tokens stay: indices [1, G, W], ascending; see `kvpass.ir.selection.survivors_reference`."""
+    """Which tokens stay: indices [1, G, W], ascending; see `kvpass.ir.selection.survivors_reference`.
+
+    A number less a tensor has no translation to ONNX of its own: there is none here.
+    """
     said = Retention.parse(rule)
     keys = ranks.shape[2]
     order = torch.arange(keys, device=ranks.device)
-    recent = order >= keys - said.window(prompt)
+    recent = order + said.window(prompt) >= keys
     if said.pool > 1:
         smooth = ranks.masked_fill(recent, 0.0)
         ranks = torch.nn.functional.avg_pool1d(smooth, said.pool, stride=1, padding=said.pool // 2)
     ranks = ranks.masked_fill(recent | (order < said.sinks), -NEG_INF)
     best = ranks.flip(-1).topk(kept.shape[0], dim=-1).indices  # of equal ones the first: the latest
-    return (keys - 1 - best).sort(dim=-1).values
+    return (best.neg() + (keys - 1)).sort(dim=-1).values
 
 
 def kept_of_prompt(x: Tensor, index: Tensor | None, *, codes: bool) -> Tensor:
@@ -285,8 +266,6 @@ def rounded(x: Tensor) -> Tensor:
 
 def attend_prompt(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, *, attributes: dict[str, Any]) -> Tensor:
     """Causal attention of T tokens over themselves, by GroupQueryAttention without a past."""
-    from kvpass.export.onnx.lower import group_query_attention
-
     length = q.shape[2]
     query, key, value = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
     total = torch.scalar_tensor(length, dtype=torch.int32)

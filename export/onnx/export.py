@@ -30,6 +30,7 @@ from kvpass.export.onnx.standard import OPSETS, Target
 from kvpass.export.onnx.weights import attached, halve, write, write_beside
 from kvpass.export.program_folder import copy_companions
 from kvpass.ir.fixpoint import limits
+from kvpass.ir.program import aten
 from kvpass.output import output_folder
 
 if TYPE_CHECKING:
@@ -269,15 +270,41 @@ def _to_onnx(graph: OnnxGraph, dtype: str) -> Any:
         program = torch.export.export(
             graph.module, tuple(i.example for i in inputs), dynamic_shapes=shapes, strict=False
         )
-        made = torch.onnx.export(
+        made = _translate(
             program, input_names=[i.name for i in inputs], output_names=outputs_of(graph.owners),
-            opset_version=OPSETS[graph.target], dynamic_shapes=named, dynamo=True, optimize=False, verbose=False,
+            opset_version=OPSETS[graph.target], dynamic_shapes=named,
         )  # fmt: skip
-        if made is None:
-            raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
         with attached(made.model, graph.readers):
             made.optimize()
     return made.model
+
+
+_SPELLED = {  # what Python's operators become, as operations that have a translation
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+}
+
+
+def _translate(program: torch.export.ExportedProgram, **options: Any) -> torch.onnx.ONNXProgram:
+    """A program in ONNX.
+
+    `torch.onnx.export` traces it once more to decompose what it has no translation for, which takes as long as the
+    rest together, and changes nothing in graphs whose every operation has one: so it is tried without that.
+    """
+    for node in program.graph.nodes:
+        if node.target is aten.to.dtype:
+            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
+        node.target = _SPELLED.get(node.target, node.target)
+    setattr(program, "run_decompositions", lambda *_: program)  # noqa: B010
+    try:
+        made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, **options)
+    except torch.onnx.OnnxExporterError:
+        delattr(program, "run_decompositions")
+        made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, **options)
+    if made is None:
+        raise UnsupportedError("torch exported no graph", where="torch.onnx.export")
+    return made
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from torch import Tensor, fx
 from kvpass.errors import PlanError, RequestError
 from kvpass.export.onnx import standard
 from kvpass.export.onnx.chosen import PromptLowering, why_not_chosen
+from kvpass.export.onnx.contrib import group_query_attention, scoring
+from kvpass.export.onnx.entry import Entry
 from kvpass.export.onnx.standard import Target
 from kvpass.export.onnx.weights import Reader, fake_mode, is_matrix, stand_in
 from kvpass.ir.attention import scored, shared_out, visible
@@ -36,10 +38,7 @@ from kvpass.ir.program import (
     Weight,
     aten,
     attribute_name,
-    insert_call,
-    merge_equal,
     placeholder,
-    sweep,
     to_module,
 )
 from kvpass.ir.sites import SiteFinder
@@ -95,7 +94,7 @@ def lower(
     graph = folded.entries[entry]
     tables = _hold_tables(folded, inserted, graph, positions)
     if reads == "prompt":
-        PromptLowering(folded, plan, graph, tables).run()
+        PromptLowering(plan, graph, tables).run()
     else:
         _Lowering(folded, plan, graph, tables, positions, target, reads).run()
     used = sorted({str(n.target) for n in graph.nodes if n.op == "get_attr"})
@@ -198,7 +197,7 @@ def _hold_tables(program: Program, inserted: Inserted, graph: fx.Graph, position
     return held
 
 
-class _Lowering:
+class _Lowering(Entry):
     """One graph on its way from the dialect to ONNX."""
 
     def __init__(
@@ -211,21 +210,12 @@ class _Lowering:
         target: Target,
         reads: Reads,
     ) -> None:
-        self.program, self.plan, self.graph, self.positions, self.target = program, plan, graph, positions, target
-        self.reads = reads
-        self.inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
-        self.body = next(n for n in graph.nodes if n.op == "call_function")
-        for name, node in tables.items():
-            self.inputs[name].replace_all_uses_with(node)
-        self.ids = self.inputs["input_ids"]
+        super().__init__(plan, graph, tables)
+        self.program, self.positions, self.target, self.reads = program, positions, target, reads
         self.fresh: dict[int, tuple[fx.Node, fx.Node]] = {}
-        self.presents: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.readable: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.biases: dict[Any, fx.Node] = {}
         self.owned: dict[int, tuple[fx.Node, fx.Node, fx.Node]] = {}  # lengths, the longest, positions of new tokens
-
-    def call(self, before: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
-        return insert_call(self.graph, before, target, *arguments, **options)
 
     def run(self) -> None:
         graph = self.graph
@@ -252,21 +242,12 @@ class _Lowering:
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ROTARY:
                 _spell_out(node)
-        logits = graph.output_node().args[0]
-        outputs = [logits, *(n for owner in self.plan.owners() for n in self.presents[owner])]
-        graph.output_node().args = (tuple(outputs),)
-        sweep(graph)
-        for node in self.inputs.values():
-            if node is not self.ids and not node.users:
-                graph.erase_node(node)
-        merge_equal(graph, data=True)
+        self.finish()
 
     def _told_lengths(self) -> None:
         """Where layers hold different tokens, inputs say how many each holds, and where the new one stands."""
-        starts, base = self.inputs["starts"], self.inputs["base"]
-        self.places = self.call(self.body, aten.unsqueeze.default, starts, 1)
-        for user in list(base.users):
-            user.args = tuple(0 if a is base else a for a in user.args)
+        self.places = self.call(self.body, aten.unsqueeze.default, self.inputs["starts"], 1)
+        self.start_at_zero()
         for owner in self.plan.owners():
             held = self.call(self.body, aten._to_copy.default, self.inputs[f"fill_{owner}"], dtype=torch.int32)
             most = self.call(self.body, aten.amax.default, held, [0])
@@ -297,9 +278,7 @@ class _Lowering:
             here = self.call(body, aten.where.self, one, self.call(body, aten.sub.Tensor, held, 1), before)
             self.starts = self.call(body, aten._to_copy.default, here, dtype=torch.int64)
             starts.replace_all_uses_with(self.starts)
-        base = self.inputs["base"]
-        for user in list(base.users):
-            user.args = tuple(0 if a is base else a for a in user.args)
+        self.start_at_zero()
         if self.target == "onnx-static":
             self.numbers = numbers[0] if numbers else self.starts
             self.held = self.call(body, aten.add.Tensor, self.starts, self.call(body, aten.sym_size.int, self.ids, 1))
@@ -328,7 +307,7 @@ class _Lowering:
             (result,) = node.users
             scales = [self._wide_scale(node, x) for x in (k, v)]
             q, k, v = (x.args[0] for x in (q, k, v))
-        attributes = _scoring(cache, options)
+        attributes = scoring(cache, options)
         cos: fx.Node | None = None
         sin: fx.Node | None = None
         if _turned_alike(q, k) and (turn := self._turn(q, cache.key_dim)):
@@ -375,7 +354,7 @@ class _Lowering:
         arguments: list[Any] = [*node.args, *[None] * 6][:6]
         cache = self.plan[int(str(node.kwargs["layer"]))]
         assert cache.kv_source is not None
-        attributes = _scoring(cache, dict(node.kwargs))
+        attributes = scoring(cache, dict(node.kwargs))
         q, turn = arguments[0], self._turn(arguments[0], cache.key_dim)
         cos = sin = numbers = None
         if turn is not None:
@@ -559,12 +538,6 @@ class _Lowering:
         return tables[0]
 
 
-def _scoring(cache: LayerCache, options: dict[str, Any]) -> dict[str, Any]:
-    """Attributes of the operator that say what a score is."""
-    found: dict[str, Any] = {"num_heads": cache.heads, "kv_num_heads": cache.kv_heads, "scale": float(options["scale"])}
-    return found | ({"softcap": float(options["softcap"])} if options.get("softcap") else {})
-
-
 def ring_window(plan: CachePlan, owner: int, positions: int) -> int:
     """The window alone that an owner's past is bounded by, else 0."""
     window = plan.layout(owner).window
@@ -654,42 +627,3 @@ def _turned_alike(q: Any, k: Any) -> bool:
 def _spell_out(node: fx.Node) -> None:
     """RoPE that the operator does not do, as additions and products."""
     node.target = rotary_reference
-
-
-def group_query_attention(
-    query: Tensor,  # [B, S, H*D]
-    key: Tensor,  # [B, S or 0, Hkv*D]
-    value: Tensor,
-    past_key: Tensor,  # [B, Hkv, P, D]
-    past_value: Tensor,
-    seqlens: Tensor,  # [B] int32: tokens of each row, less 1
-    total: Tensor,  # int32: tokens of the longest row
-    cos: Tensor | None,
-    sin: Tensor | None,
-    numbers: Tensor | None,  # [B, S] positions of the queries, where they do not follow from lengths
-    sink_logits: Tensor | None,
-    scales: list[Tensor] | None,  # [1, Hkv, 1, D] of keys and of values, where the cache holds codes
-    *,
-    attributes: dict[str, Any],
-    fresh: bool,
-    ring: bool,
-) -> tuple[Tensor, ...]:
-    """`com.microsoft::GroupQueryAttention`; a reader of another layer's cache has no presents of its own.
-
-    Only where the cache holds codes does the operator ask for them of readers, too: nothing reads those.
-    """
-    batch, heads, past, dim = past_key.shape
-    shapes: list[Any] = [list(query.shape)]
-    dtypes = [query.dtype]
-    if fresh or scales is not None:
-        shapes += [[batch, heads, past if ring else past + key.shape[1], dim]] * 2
-        dtypes += [past_key.dtype] * 2
-    inputs: list[Tensor | None] = [query, key, value, past_key, past_value, seqlens, total, cos, sin]
-    inputs += [numbers, None, sink_logits, *(scales or ())]
-    while inputs and inputs[-1] is None:
-        inputs.pop()
-    return tuple(
-        torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention", inputs, attributes, dtypes=dtypes, shapes=shapes, version=1
-        )
-    )

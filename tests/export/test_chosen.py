@@ -14,7 +14,7 @@ import torch
 import kvpass
 from export_models import wide
 from kvpass.errors import CheckError, PlanError, RequestError
-from kvpass.export.onnx import chosen
+from kvpass.export.onnx import chosen, gate
 from kvpass.export.onnx import export as exporting
 from kvpass.export.onnx.chosen import choices_of, told
 from kvpass.export.onnx.lower import check_plan, lower
@@ -147,10 +147,28 @@ def test_a_rule_that_looks_at_no_attention_asks_nobody() -> None:
 def test_other_survivors_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     survivors = chosen.survivors_of_prompt
     monkeypatch.setattr(chosen, "survivors_of_prompt", lambda ranks, *rest, **rule: survivors(-ranks, *rest, **rule))
-    with pytest.raises(CheckError, match="logits are off") as caught:
+    with pytest.raises(CheckError, match="logits differ") as caught:
         transformed("llama", "a fraction of the bytes").export_onnx(tmp_path / "out", positions=POSITIONS)
     assert "prompt.onnx" in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [[EvictKV("snapkv", budget=100)], *RECIPES.values()])
+def test_the_prompts_of_the_check_lose_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps) -> None:
+    layers = {"num_hidden_layers": 4, "max_position_embeddings": 512}
+    text = [torch.randint(0, 97, (8, 64), generator=torch.Generator().manual_seed(1))]
+    model = kvpass.transform(wide("llama", **layers), steps, calibration=text, progress=False, verify="off")
+    read: list[int] = []
+
+    def run(model, folder, lengths, steps, *, seed):
+        read.extend(lengths.tolist())
+        return torch.zeros(1 + steps, 2, 97), torch.zeros(1 + steps, 2, 97)
+
+    monkeypatch.setattr(gate, "_by_runner", run)
+    gate._compare_chosen(model, tmp_path, "fp32", POSITIONS)
+    assert len(read) == 2
+    for length in read:
+        assert any(kept < length for kept in model.plan.kept(length).values())
 
 
 def test_another_place_of_new_tokens_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +183,7 @@ def test_another_place_of_new_tokens_is_noticed(tmp_path: Path, monkeypatch: pyt
         return graph
 
     monkeypatch.setattr(exporting, "lower", moved)
-    with pytest.raises(CheckError, match="32 steps: logits are off"):
+    with pytest.raises(CheckError, match="32 steps: logits differ"):
         transformed("llama", "a fraction of the bytes").export_onnx(tmp_path / "out", positions=POSITIONS)
     assert not any(tmp_path.iterdir())
 

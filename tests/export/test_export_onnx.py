@@ -58,9 +58,14 @@ def llama():
 
 
 @pytest.mark.parametrize(("family", "plan"), CASES, ids=[f"{family}, {plan}" for family, plan in CASES])
-def test_a_package_computes_what_torch_computes(tmp_path: Path, family: str, plan: str) -> None:
+def test_a_package_computes_what_torch_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, plan: str
+) -> None:
     model = transformed(family, PLANS[plan])
+    translate, asked_for = torch.onnx.export, []
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: asked_for.append(a) or translate(*a, **k))
     made = model.export_onnx(tmp_path / "out")
+    assert len(asked_for) == (2 if model.plan.upward else 1)  # per graph: every operation has a translation
     asked = {c["name"] for c in made.checks}
     assert asked >= {"a prompt", "32 steps", "a prompt in two parts", "a step of rows of two lengths"}
     assert ("prompts of two lengths" in asked) == (not (model.plan.upward or any(c.window for c in model.plan)))
