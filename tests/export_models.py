@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import kvpass
 from families import build
 
 WIDE: dict[str, dict[str, Any]] = {
@@ -27,6 +29,12 @@ WIDE: dict[str, dict[str, Any]] = {
 def wide(name: str, **overrides: Any) -> nn.Module:
     """A tiny model of a family, with heads of 16 channels."""
     return build(name, **{**WIDE[name], **overrides})
+
+
+@functools.cache
+def captured(name: str, **overrides: Any) -> kvpass.Transformed:
+    """The same as it is, which recipes are then tried on: capturing takes as long as an export."""
+    return kvpass.transform(wide(name, **overrides), progress=False, verify="off")
 
 
 def greedy(model: Any, ids: list[int], count: int) -> list[int]:

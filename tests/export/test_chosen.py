@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kvpass
-from export_models import wide
+from export_models import captured, wide
 from kvpass.errors import CheckError, PlanError, RequestError
 from kvpass.export.onnx import chosen, gate
 from kvpass.export.onnx import export as exporting
@@ -39,7 +39,7 @@ def transformed(family: str, recipe: str):
     text = [torch.randint(0, 97, (8, 64), generator=torch.Generator().manual_seed(1))]
     layers = {"num_hidden_layers": 4, "max_position_embeddings": 512} if family == "llama" else {}
     calibration = text if any(step.needs_calibration for step in steps) else None
-    return kvpass.transform(wide(family, **layers), steps, calibration=calibration, progress=False, verify="off")
+    return kvpass.transform(captured(family, **layers), steps, calibration=calibration, progress=False, verify="off")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_other_survivors_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_prompts_of_the_check_lose_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps) -> None:
     layers = {"num_hidden_layers": 4, "max_position_embeddings": 512}
     text = [torch.randint(0, 97, (8, 64), generator=torch.Generator().manual_seed(1))]
-    model = kvpass.transform(wide("llama", **layers), steps, calibration=text, progress=False, verify="off")
+    model = kvpass.transform(captured("llama", **layers), steps, calibration=text, progress=False, verify="off")
     read: list[int] = []
 
     def run(model, folder, lengths, steps, *, seed):
@@ -204,7 +204,7 @@ def test_what_changes_as_text_is_generated_is_refused(recipe, reason: str) -> No
 
 
 def test_more_positions_than_were_learned_are_refused(tmp_path: Path) -> None:
-    model = kvpass.transform(wide("gpt2"), progress=False, verify="off")
+    model = captured("gpt2")
     with pytest.raises(RequestError, match="learned fewer than 5000 positions"):
         model.export_onnx(tmp_path / "out", positions=5000)
     assert not any(tmp_path.iterdir())

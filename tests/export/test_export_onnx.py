@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kvpass
-from export_models import WIDE, wide
+from export_models import WIDE, captured, wide
 from families import build
 from kvpass.errors import CheckError, OutputError, PlanError, RequestError, UnsupportedError
 from kvpass.export.onnx import export as exporting
@@ -45,7 +45,7 @@ TEXT = [torch.randint(0, 97, (8, 128), generator=torch.Generator().manual_seed(1
 
 
 def transformed(family: str, recipe=()):
-    return kvpass.transform(wide(family), list(recipe), calibration=TEXT, progress=False, verify="off")
+    return kvpass.transform(captured(family), list(recipe), calibration=TEXT, progress=False, verify="off")
 
 
 def bits(model) -> int:
@@ -169,7 +169,7 @@ def test_what_the_target_cannot_express_is_refused_before_anything_is_read(tmp_p
 
 
 def test_learned_positions_are_the_models_however_large_their_table(tmp_path: Path) -> None:
-    model = kvpass.transform(wide("gpt2", n_positions=5000), progress=False, verify="off")  # proofs take less of it
+    model = captured("gpt2", n_positions=5000)  # proofs take less of it
     made = model.export_onnx(tmp_path / "out", positions=64)
     assert all(c["measured"] < 1e-5 for c in made.checks), made.checks
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import kvpass
-from export_models import greedy, served, wide
+from export_models import captured, greedy, served, wide
 from kvpass.export.onnx.genai import CONFIG, LONGEST, GenaiFacts, genai_config, write_genai_config
 from kvpass.export.onnx.runner import OnnxModel
 from kvpass.passes import GroupHeads, QuantizeKV, ShareLayers, SlideWindow
@@ -77,7 +77,7 @@ def test_genai_writes_the_text_of_onnxruntime_with_weights_of_4_bits(tmp_path: P
 
 
 def test_a_text_ends_where_the_model_ends_it(tmp_path: Path) -> None:
-    model = kvpass.transform(wide("llama"), progress=False, verify="off")
+    model = captured("llama")
     right = greedy(model, [5, 9, 33], 20)
     package(model, tmp_path / "out", end=right[7])
     assert served(tmp_path / "out", [[5, 9, 33]], 20) == [right[: right.index(right[7])]]

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import kvpass
-from export_models import wide
+from export_models import captured
 from kvpass.errors import CheckError, RequestError
 from kvpass.export.onnx import export as exporting
 from kvpass.export.onnx.lower import lower
@@ -37,7 +37,7 @@ CASES = {
 
 
 def transformed(family: str, recipe=(), **overrides):
-    return kvpass.transform(wide(family, **overrides), list(recipe), progress=False, verify="off")
+    return kvpass.transform(captured(family, **overrides), list(recipe), progress=False, verify="off")
 
 
 def graph_of(folder: Path) -> onnx.GraphProto:

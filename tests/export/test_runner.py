@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 import kvpass
-from export_models import wide
+from export_models import captured
 from kvpass.errors import RequestError, SourceError
 from kvpass.export.onnx import runner
 from kvpass.export.onnx.runner import OnnxModel
@@ -42,7 +42,7 @@ def packages(tmp_path_factory):
 
     @functools.cache
     def make(recipe: str, dtype: str = "fp32"):
-        model = kvpass.transform(wide("llama"), RECIPES[recipe], calibration=TEXT, progress=False, verify="off")
+        model = kvpass.transform(captured("llama"), RECIPES[recipe], calibration=TEXT, progress=False, verify="off")
         folder = tmp_path_factory.mktemp("packages") / "out"
         model.export_onnx(folder, dtype=dtype, positions=POSITIONS)
         return model, folder

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper
 
 import decoders
 import kvpass
-from export_models import WIDE, greedy, served, wide
+from export_models import WIDE, captured, greedy, served, wide
 from families import build
 from kvpass.errors import CheckError, PlanError
 from kvpass.export.onnx import gate, runner
@@ -101,7 +101,7 @@ def packages(tmp_path_factory):
 
     @functools.cache
     def model_of(family: str, plan: str):
-        return transformed(wide(family), PLANS[plan](2 if family == "gemma2" else 1))
+        return transformed(captured(family), PLANS[plan](2 if family == "gemma2" else 1))
 
     return make
 
@@ -310,7 +310,7 @@ FURTHER: dict[str, Any] = {
     ),
     "learned sinks": lambda: transformed(random(decoders.ScaledQueries)),
     "learned sinks in a window": lambda: transformed(random(decoders.ScaledQueries), [SlideWindow(8, 0)]),
-    "heads of 6 channels": lambda: transformed(wide("llama", head_dim=6)),
+    "heads of 6 channels": lambda: transformed(captured("llama", head_dim=6)),
 }
 
 
@@ -327,7 +327,7 @@ def test_what_group_query_attention_does_not_compute(tmp_path: Path, what: str, 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_half_precision(tmp_path: Path, target: str) -> None:
-    model = transformed(wide("llama"), PLANS["a window in one layer"](1))
+    model = transformed(captured("llama"), PLANS["a window in one layer"](1))
     made = model.export_onnx(tmp_path / "out", target=target, positions=POSITIONS, dtype="fp16")
     assert all(c["measured"] < 5e-3 for c in made.checks), made.checks
     run = OnnxModel.open(tmp_path / "out", threads=1)
