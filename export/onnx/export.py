@@ -25,7 +25,18 @@ import torch
 from kvpass.errors import RequestError, UnsupportedError
 from kvpass.export.onnx.chosen import choices_of
 from kvpass.export.onnx.genai import GenaiFacts, write_genai_config
-from kvpass.export.onnx.lower import OnnxGraph, Reads, check_plan, check_program, lower, rows_kept, stored, window_kept
+from kvpass.export.onnx.lower import (
+    OnnxGraph,
+    Reads,
+    check_plan,
+    check_program,
+    folded,
+    laid,
+    lower,
+    rows_kept,
+    stored,
+    window_kept,
+)
 from kvpass.export.onnx.standard import OPSETS, Target
 from kvpass.export.onnx.weights import attached, halve, write, write_beside
 from kvpass.export.program_folder import copy_companions
@@ -222,7 +233,7 @@ def _inputs(graph: OnnxGraph, kind: torch.dtype) -> list[_Input]:
         if not fixed:
             axes[2] = f"past_sliding_length_{window}" if window else "past_sequence_length"
         for part in ("key", "value"):
-            held = torch.zeros((batch, cache.kv_heads, rows, width), dtype=element)
+            held = torch.zeros((batch, *laid(graph.plan, owner, rows), width), dtype=element)
             found.append(_Input(f"past_key_values.{owner}.{part}", held, axes))
     return found
 
@@ -352,6 +363,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str, we
                 "bits": graph.plan[o].format.bits,
                 "window": window or rows_kept(graph.plan, o)[0],
                 "sinks": rows_kept(graph.plan, o)[1],
+                "folded": folded(graph.plan),
             }
             for o, window in zip(graph.owners, windows, strict=True)
         ],

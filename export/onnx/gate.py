@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import CheckError, UnsupportedError
-from kvpass.export.onnx.lower import rows_kept, stored, window_kept
+from kvpass.export.onnx.lower import laid, rows_kept, stored, window_kept
 from kvpass.export.onnx.standard import Target
 from kvpass.ir.fixpoint import logits_of
 from kvpass.ir.fold import fold_weights, read_late
@@ -421,7 +421,7 @@ class _Run:
             past = []
             for owner in self.plan.owners():
                 kind, width = stored(self.plan[owner], self.kind)
-                shape = (len(ids), self.plan[owner].kv_heads, self.rows.get(owner, 0), width)
+                shape = (len(ids), *laid(self.plan, owner, self.rows.get(owner, 0)), width)
                 past += [torch.zeros(shape, dtype=kind) for _ in range(2)]
             held = _Held(past, 0)
         names = [n.replace("present", "past_key_values") for n in self.outputs[1:]]
@@ -455,10 +455,7 @@ class _Run:
         for name, t in copies.items():
             place = ("cpu", 0, t.numpy().dtype.type, list(t.shape), t.data_ptr())
             binding.bind_input(name, *place)
-            if sum(rows_kept(self.plan, int(name.split(".")[1]))):
-                binding.bind_output(name.replace("past_key_values", "present"))  # the graph reads the old one last
-            else:
-                binding.bind_output(name.replace("past_key_values", "present"), *place)
+            binding.bind_output(name.replace("past_key_values", "present"), *place)
         self.session.run_with_iobinding(binding)
         logits, *presents = (torch.from_numpy(v.numpy().copy()) for v in binding.get_outputs())
         return logits, presents

@@ -11,6 +11,7 @@ Shapes: B batch, S new tokens, P tokens in the cache, H query heads, Hkv KV head
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -230,6 +231,10 @@ class _Lowering(Entry):
                 with graph.inserting_after(anchor):
                     anchor = graph.placeholder(f"past_{owner}_{part}")
                 self.past[owner].append(anchor)
+        if folded(self.plan):
+            for owner, pair in self.past.items():
+                open_ = (self.plan[owner].kv_heads, sum(rows_kept(self.plan, owner)))
+                self.past[owner] = [self._reshaped(self.body, owner, past, open_) for past in pair]
         if self.plan.selective:
             self._told_lengths()
         else:
@@ -242,7 +247,17 @@ class _Lowering(Entry):
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ROTARY:
                 _spell_out(node)
+        if folded(self.plan):
+            for owner, (key, value) in self.presents.items():
+                shape = laid(self.plan, owner, sum(rows_kept(self.plan, owner)))
+                end = graph.output_node()
+                self.presents[owner] = self._reshaped(end, owner, key, shape), self._reshaped(end, owner, value, shape)
         self.finish()
+
+    def _reshaped(self, before: fx.Node, owner: int, held: fx.Node, shape: tuple[int, int]) -> fx.Node:
+        """Keys or values with so many heads and rows."""
+        width = stored(self.plan[owner], torch.float32)[1]
+        return self.call(before, aten.reshape.default, held, [-1, *shape, width])
 
     def _told_lengths(self) -> None:
         """Where layers hold different tokens, inputs say how many each holds, and where the new one stands."""
@@ -568,6 +583,22 @@ def rows_kept(plan: CachePlan, owner: int) -> tuple[int, int]:
     return (layout.window, layout.sinks) if layout.sinks else (0, 0)
 
 
+def folded(plan: CachePlan) -> int:
+    """Rows of every cache in a graph where all keep sinks and windows, but not as many tokens; 0 where caches lie open.
+
+    onnxruntime-genai makes all caches as long as one, of as many heads as each has in the graph. So C tokens of H heads
+    become U of H*C/U: the same numbers in the same places.
+    """
+    rows = {sum(rows_kept(plan, owner)) for owner in plan.owners()}
+    return math.gcd(*rows) if all(rows) and len(rows) > 1 else 0
+
+
+def laid(plan: CachePlan, owner: int, rows: int) -> tuple[int, int]:
+    """KV heads and rows of a cache as they are in a graph, see `folded`."""
+    heads, unit = plan[owner].kv_heads, folded(plan)
+    return (heads * rows // unit, unit) if unit else (heads, rows)
+
+
 def attend_sinks(
     q: Tensor,  # [B, H, S, D]
     k: Tensor,  # [B, Hkv, S, D]
@@ -584,7 +615,10 @@ def attend_sinks(
     held: tuple[int, int],
     padded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over sinks and a window (StreamingLLM, arXiv 2309.17453), and the cache with S new tokens in it."""
+    """Attention over sinks and a window (StreamingLLM, arXiv 2309.17453), and the cache with S new tokens in it.
+
+    A runtime may write the new cache where the old one lies, as soon as it can: so the old one is read once, by a copy.
+    """
     batch, kv_heads, length, dim = k.shape
     kept, first = held  # of the store: rows of its window, and of its sinks before them
     device = q.device
@@ -601,16 +635,16 @@ def attend_sinks(
         seen = seen | (here.view(batch, 1, -1, 1) < 0)
     if past_key.dtype == torch.int8:
         k, v = (x.round().clamp(-128, 127).to(torch.int8) for x in (k, v))
-    keys, values = (torch.cat(pair, dim=2).to(q.dtype) for pair in ((past_key, k), (past_value, v)))
+    copies = [torch.cat(pair, dim=2) for pair in ((past_key, k), (past_value, v))]
+    keys, values = (x.to(q.dtype) for x in copies)
     weights = shared_out(scored(q, keys, seen, None, scale, softcap), sink_logits, may_be_empty=False)
     out = torch.matmul(weights.to(q.dtype).flatten(2, 3), values).reshape(q.shape)
     presents = []
     index = (slot - starts.view(-1, 1)).clamp(0, length - 1).view(batch, 1, first, 1)  # of new tokens that are sinks
     arrives = ((slot >= starts.view(-1, 1)) & (slot < starts.view(-1, 1) + length)).view(batch, 1, first, 1)
-    for past, fresh in ((past_key, k), (past_value, v)):
-        begin = torch.where(arrives, fresh.gather(2, index.expand(batch, kv_heads, first, dim)), past[:, :, :first])
-        rolled = torch.cat([past[:, :, first:], fresh], dim=2)[:, :, length : length + kept]
-        presents.append(torch.cat([begin, rolled], dim=2))
+    for whole, fresh in zip(copies, (k, v), strict=True):
+        begin = torch.where(arrives, fresh.gather(2, index.expand(batch, kv_heads, first, dim)), whole[:, :, :first])
+        presents.append(torch.cat([begin, whole[:, :, first + length : first + length + kept]], dim=2))
     return out, presents[0], presents[1]
 
 

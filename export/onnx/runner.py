@@ -37,7 +37,7 @@ _KINDS: dict[str, Any] = {
 class _Layer:
     """The cache of one layer: [B, kv_heads, rows, width] twice; with a window, rows do not grow.
 
-    With sinks, the graph gives a new cache instead of writing into the old one.
+    Where `folded` is not 0, the graph has that many rows, of more heads: see `kvpass.export.onnx.lower.folded`.
     """
 
     owner: int
@@ -46,16 +46,24 @@ class _Layer:
     window: int
     sinks: int
     bits: int = 0  # of a code; 0 where there are none
+    folded: int = 0
 
     @property
     def width(self) -> int:
         """Elements of a token and head."""
         return self.head_dim // 2 if self.bits == 4 else self.head_dim
 
+    @property
+    def graph_heads(self) -> int:
+        """KV heads as they are in the graph."""
+        return self.kv_heads * (self.sinks + self.window) // self.folded if self.folded else self.kv_heads
+
     def rows(self, capacity: int, slack: int) -> int:
         """Rows for `capacity` tokens; the operator asks for a whole window, however short the text."""
         if not self.window:
             return capacity
+        if self.folded:
+            return self.folded
         if self.sinks:
             return self.sinks + self.window
         return self.window + (slack if capacity > self.window else 0)
@@ -104,7 +112,6 @@ class OnnxModel:
         self._kind = _KINDS[kind]
         self._device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         self._buffers: dict[str, Any] = {}
-        self._fresh: dict[str, Any] = {}
         self._held: NDArray[np.int64] = np.zeros(0, np.int64)
         self._padding: NDArray[np.int64] = np.zeros(0, np.int64)
         self._capacity = 0
@@ -140,7 +147,7 @@ class OnnxModel:
         session = _session(path, chosen, threads, packed=packed)
         try:
             layers = [
-                _Layer(*(int(e[k]) for k in ("owner", "kv_heads", "head_dim", "window", "sinks", "bits")))
+                _Layer(*(int(e[k]) for k in ("owner", "kv_heads", "head_dim", "window", "sinks", "bits", "folded")))
                 for e in marker["layers"]
             ]
             positions, vocab_size, target = int(marker["positions"]), int(marker["vocab_size"]), str(marker["target"])
@@ -164,8 +171,7 @@ class OnnxModel:
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches take: those of all tokens that there is room for; of those held where caches grow."""
-        buffers = [*self._buffers.values(), *self._fresh.values()]
-        return sum(int(np.prod(b.shape())) for b in buffers) * np.dtype(self._kind).itemsize
+        return sum(int(np.prod(b.shape())) for b in self._buffers.values()) * np.dtype(self._kind).itemsize
 
     def prefill(
         self, ids: ArrayLike, lengths: ArrayLike | None = None, *, capacity: int | None = None
@@ -437,17 +443,14 @@ class OnnxModel:
         # the CUDA kernel takes no more rows than the window; other operators have no use for them
         slack = SLACK if self._device == "cpu" and self.target == "ort" else 0
         self._buffers.clear()
-        self._fresh.clear()
         for layer in self._layers:
             rows = rooms[layer.owner] if rooms else layer.rows(self._capacity, slack)
             if self.target == "onnx" and not layer.sinks:
                 rows = 0
-            shape = (batch, layer.kv_heads, rows, layer.width)
+            shape = (batch, layer.graph_heads, rows, layer.width)
             for part in ("key", "value"):
-                name, empty = f"{layer.owner}.{part}", np.zeros(shape, self._kind)
-                self._buffers[name] = OrtValue.ortvalue_from_numpy(empty, self._device, 0)
-                if layer.sinks and self.target != "onnx":
-                    self._fresh[name] = OrtValue.ortvalue_from_numpy(empty.copy(), self._device, 0)
+                empty = np.zeros(shape, self._kind)
+                self._buffers[f"{layer.owner}.{part}"] = OrtValue.ortvalue_from_numpy(empty, self._device, 0)
         if self.target == "onnx":
             return
         self._all = slice(0, batch)
@@ -462,9 +465,9 @@ class OnnxModel:
                 [rows.stop - rows.start, *rest],
                 rows.start * int(np.prod(rest)) * np.dtype(self._kind).itemsize,
             )
-            past, present = buffer.data_ptr(), self._fresh.get(name, buffer).data_ptr()
-            binding.bind_input(f"past_key_values.{name}", self._device, 0, self._kind, shape, past + ahead)
-            binding.bind_output(f"present.{name}", self._device, 0, self._kind, shape, present + ahead)
+            place = (self._device, 0, self._kind, shape, buffer.data_ptr() + ahead)
+            binding.bind_input(f"past_key_values.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
         return binding
 
     def _run(
@@ -483,8 +486,6 @@ class OnnxModel:
         binding.bind_cpu_input("attention_mask", (np.arange(held.max()) < held[:, None]).astype(np.int64))
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
-        for name, fresh in self._fresh.items():
-            self._buffers[name].numpy()[rows] = fresh.numpy()[rows]
         value = binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
         logits: NDArray[np.float32] = value.numpy()[np.arange(len(tokens)), at].astype(np.float32)
         return logits
@@ -608,7 +609,7 @@ def _session(path: Path, providers: list[str], threads: int | None, file: str = 
 def _check_graph(session: Any, layers: Sequence[_Layer], path: Path) -> None:
     """Refuse a graph whose caches are not those that the folder says it has."""
     said = {
-        f"past_key_values.{layer.owner}.{part}": (layer.kv_heads, layer.width)
+        f"past_key_values.{layer.owner}.{part}": (layer.graph_heads, layer.width)
         for layer in layers
         for part in ("key", "value")
     }

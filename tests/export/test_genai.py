@@ -27,6 +27,12 @@ RECIPES = {
     "heads that differ from layer to layer": [GroupHeads((2, 1, 1, 2), method="first")],
     "windows": [SlideWindow((8, 0, 6, 6), (0, 0, 0, 0))],
     "shared windows": [ShareLayers("cla:2"), SlideWindow(8, 0)],
+    "sinks and shorter windows above": [SlideWindow((20, 14, 10, 4), 4)],
+    "likewise, fewer heads in 8 bits": [
+        GroupHeads((2, 1, 1, 2), method="first"),
+        SlideWindow((20, 14, 10, 4), (4, 2, 2, 4)),
+        QuantizeKV(8, layout="static"),
+    ],
     "layers that read one above them": [ShareLayers("lckv:2")],
     "8 bits": [QuantizeKV(8, layout="static")],
     "8 bits, shared layers of fewer heads": [

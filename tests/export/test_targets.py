@@ -48,6 +48,7 @@ PLANS: dict[str, Callable[[int], list[Any]]] = {  # of pairs of layers
     "a reader with a window": lambda pairs: [ShareLayers("cla:2"), SlideWindow((0, 8) * pairs, (0, 0) * pairs)],
     "a reader with sinks": lambda pairs: [ShareLayers("cla:2"), SlideWindow((0, 8) * pairs, (0, 3) * pairs)],
     "sinks and a window": lambda pairs: [SlideWindow(8, 3)],
+    "sinks and two windows": lambda pairs: [SlideWindow((8, 5) * pairs, (3, 2) * pairs)],
     "sinks in one layer": lambda pairs: [SlideWindow((8, 5) * pairs, (0, 2) * pairs)],
     "shared sinks and windows": lambda pairs: [ShareLayers("cla:2"), SlideWindow(8, 3)],
     "shared layers of fewer heads": lambda pairs: [GroupHeads(1, method="first"), ShareLayers("yoco")],
@@ -148,7 +149,8 @@ def test_graphs_are_small(packages) -> None:
 
 # ---------------------------------------------------------------------- the runner
 
-SERVED = ("as it is", "shared layers", "a window in one layer", "shared windows", "sinks and a window", "two windows")
+SERVED = ("as it is", "shared layers", "a window in one layer", "shared windows", "two windows")
+SERVED += ("sinks and a window", "sinks and two windows")
 
 
 @pytest.fixture(scope="module", params=[(p, t) for p in SERVED for t in TARGETS], ids=lambda case: ", ".join(case))
@@ -248,7 +250,7 @@ def test_padding_of_a_text_may_stand_anywhere_in_a_mask(packages, plan: str) -> 
 # ---------------------------------------------------------------------- onnxruntime-genai
 
 BY_GENAI = ("as it is", "fewer heads", "shared layers", "a window in one layer", "two windows", "shared windows")
-BY_GENAI += ("a reader with a window", "sinks and a window")
+BY_GENAI += ("a reader with a window", "sinks and a window", "sinks and two windows")
 
 
 @pytest.mark.parametrize("target", TARGETS)
