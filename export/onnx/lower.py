@@ -165,6 +165,8 @@ def _why_not(cache: LayerCache, target: Target) -> tuple[str, str]:
         return "pages belong to a server", "leave out PageKV"
     if cache.upward and target != "ort":
         return "it reads a layer above it", "choose target ort, or share layers downward (cla, yoco)"
+    if cache.upward and cache.window == 1:
+        return "it reads a layer above it through a window of its own token alone: nothing", "widen its window"
     if cache.positions and target == "ort":
         return f"its mask is a table ({cache.positions})", "choose target onnx"
     if cache.key_dim != cache.value_dim:
@@ -370,6 +372,8 @@ class _Lowering(Entry):
         cache = self.plan[int(str(node.kwargs["layer"]))]
         assert cache.kv_source is not None
         attributes = scoring(cache, dict(node.kwargs))
+        if cache.window:  # counts the query's own token, which the operator takes the one before for
+            attributes["local_window_size"] = cache.window - 1
         q, turn = arguments[0], self._turn(arguments[0], cache.key_dim)
         cos = sin = numbers = None
         if turn is not None:
