@@ -119,7 +119,8 @@ def test_a_package_computes_what_torch_computes_in_operators_of_the_standard(pac
     model, folder, made = packages(family, plan, target)
     asked = {c["name"] for c in made["checks"]}
     assert asked >= {"a prompt", "32 steps", "a prompt in two parts", "a step of rows of two lengths"}
-    assert all(c["measured"] < 1e-5 for c in made["checks"]), made["checks"]
+    quantized = any(not c.format.full for c in model.plan)  # a rounding may turn a code into the next one
+    assert all(c["measured"] < (2e-3 if quantized else 1e-5) for c in made["checks"]), made["checks"]
     path = folder / "model.onnx"
     onnx.checker.check_model(str(path), full_check=True)
     proto = onnx.load(path, load_external_data=False)
