@@ -69,9 +69,12 @@ def _cpu() -> str:
     return name if any(c.isdigit() for c in name) else f"{name} ({numbers})"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Arguments that every benchmark has."""
+def parser(description: str, *, shows: bool = False) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has; `--show` those whose figures can be printed again."""
     found = argparse.ArgumentParser(description=description)
+    if shows:
+        words = "print figures as Markdown; measure nothing"
+        found.add_argument("--show", nargs="?", const="", metavar="FILE", help=words)
     found.add_argument("--json", nargs="?", const="", metavar="FILE", help="write figures (to results/NAME.json)")
     found.add_argument("--threads", type=int, default=THREADS, help="threads to compute with")
     return found
@@ -95,10 +98,20 @@ def keep(name: str, machine: Machine, figures: dict[str, Any], target: str | Non
     """Write the figures as JSON where that was asked for."""
     if target is None:
         return
-    path = Path(target) if target else RESULTS / f"{name}.json"
+    path = _place(name, target)
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": name, "machine": asdict(machine), **figures}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def kept(name: str, target: str) -> dict[str, Any]:
+    """What `keep` wrote: to a file, or to results/NAME.json where none is named."""
+    found: dict[str, Any] = json.loads(_place(name, target).read_text(encoding="utf-8"))
+    return found
+
+
+def _place(name: str, target: str) -> Path:
+    return Path(target) if target else RESULTS / f"{name}.json"
 
 
 def median(values: Sequence[float]) -> float:

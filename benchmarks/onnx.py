@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, describe, keep, median, parser
+from benchmarks.machine import RESULTS, describe, keep, kept, median, parser
 from benchmarks.scale import peak_memory
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def main() -> int:
     if arguments.worker:
         return _work(arguments.worker, Path(arguments.folders[0]), Path(arguments.folders[1]), setting.window)
     if arguments.show is not None:
-        path = Path(arguments.show) if arguments.show else RESULTS / "onnx.json"
-        print(markdown(json.loads(path.read_text(encoding="utf-8"))), end="")
+        print(markdown(kept("onnx", arguments.show)), end="")
         return 0
     given = {name: getattr(arguments, name) for name in ("exports", "loads", "rounds") if getattr(arguments, name)}
     setting = replace(setting, **given)
@@ -118,9 +117,8 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    found = parser("ONNX packages of kvpass and of other exporters, on a CPU.")
+    found = parser("ONNX packages of kvpass and of other exporters, on a CPU.", shows=True)
     found.add_argument("--quick", action="store_true", help="a tiny model: walks through the code and measures nothing")
-    found.add_argument("--show", nargs="?", const="", metavar="FILE", help="print figures as Markdown; measure nothing")
     found.add_argument("--exports", type=int, help="processes per exporter")
     found.add_argument("--loads", type=int, help="times that all packages are loaded")
     found.add_argument("--rounds", type=int, help="timings per runner and load")
@@ -599,8 +597,8 @@ def aims(rows: Sequence[dict[str, Any]], contexts: Sequence[int]) -> list[list[s
     for name in TORCH.values():
         add(f"decode at {contexts[-1]:,}, times as fast as {name}", name, AIM_TORCH, decode(contexts[-1]))
     sizes = [known[name]["cache_bytes"] for name in (BUILDER, LEAN) if name in known]
-    size = f"{sizes[0] / sizes[1]:.0f}th" if len(sizes) == 2 else "part"
-    what = f"{LEAN}: decode at {contexts[-1]:,}, times as fast as the builder, at a {size} of its KV bytes"
+    size = f"1/{sizes[0] / sizes[1]:.0f}" if len(sizes) == 2 else "part"
+    what = f"{LEAN}: decode at {contexts[-1]:,}, times as fast as the builder, at {size} of its KV bytes"
     add(what, BUILDER, AIM_LEAN, decode(contexts[-1]), LEAN)
     return found
 

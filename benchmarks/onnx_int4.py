@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, describe, keep, median, parser
+from benchmarks.machine import describe, keep, kept, median, parser
 from benchmarks.onnx import FULL, QUICK, Runner, Setting, build
 from benchmarks.scale import peak_memory
 
@@ -40,8 +40,7 @@ def main() -> int:
     if arguments.worker:
         return _export(arguments.worker, *arguments.folders)
     if arguments.show is not None:
-        path = Path(arguments.show) if arguments.show else RESULTS / "onnx_int4.json"
-        print(markdown(json.loads(path.read_text(encoding="utf-8"))), end="")
+        print(markdown(kept("onnx_int4", arguments.show)), end="")
         return 0
     setting = QUICK if arguments.quick else FULL
     machine = describe(arguments.threads)
@@ -54,9 +53,8 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    found = parser("ONNX packages with weights of 4 bits.")
+    found = parser("ONNX packages with weights of 4 bits.", shows=True)
     found.add_argument("--quick", action="store_true", help="a tiny model: walks through the code and measures nothing")
-    found.add_argument("--show", nargs="?", const="", metavar="FILE", help="print figures as Markdown; measure nothing")
     found.add_argument("--rounds", type=int, default=8, help="timings per package and context")
     found.add_argument("--folder", help="where to make the temporary folder")
     found.add_argument("--worker", help=argparse.SUPPRESS)

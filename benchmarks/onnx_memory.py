@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, describe, keep, parser
+from benchmarks.machine import describe, keep, kept, parser
 from benchmarks.scale import write_random
 
 AIM = 1.3  # resident memory of an export over the size of the model in the package's dtype
@@ -50,8 +50,7 @@ def main() -> int:
     if arguments.worker:
         return _work(arguments.worker, *arguments.folders)
     if arguments.show is not None:
-        path = Path(arguments.show) if arguments.show else RESULTS / "onnx_memory.json"
-        print(markdown(json.loads(path.read_text(encoding="utf-8"))), end="")
+        print(markdown(kept("onnx_memory", arguments.show)), end="")
         return 0
     machine = describe(arguments.threads)
     document: dict[str, Any] = {"onnxruntime": version("onnxruntime"), "runs": {}}
@@ -70,11 +69,10 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    found = parser("Memory and time of ONNX exports.")
+    found = parser("Memory and time of ONNX exports.", shows=True)
     found.add_argument("--gigabytes", type=float, default=2.2, help="of the float32 checkpoint")
     found.add_argument("--dtypes", nargs="+", default=["fp32", "fp16", "int4"], choices=("fp32", "fp16", "int4"))
     found.add_argument("--passes", action="store_true", help="export with GroupHeads too")
-    found.add_argument("--show", nargs="?", const="", metavar="FILE", help="print figures as Markdown; measure nothing")
     found.add_argument("--folder", help="where to make the temporary folder")
     found.add_argument("--worker", help=argparse.SUPPRESS)
     found.add_argument("folders", nargs="*", help=argparse.SUPPRESS)

@@ -222,6 +222,7 @@ _CARRIED = re.compile(r", ('\w+) is (\S+?) at first")
 _BODY = re.compile(r"  (\w+?) (?:(\S[^=]*?) )?= ([\w.]+)\((.*)\)")
 _READ = re.compile(r"(?<![\w.'])('?)([a-z]+)(\d+)(?:@(\d+))?(?![\w.\[(])")
 _LAYER = re.compile(r"\b(?:layer=|past_key_values\.)(\d+)")
+_PLACES = re.compile(r"(\blayer=|\bpast_key_values\.|\bcache\[|%|\bw)\d+\b")
 _READS = re.compile(r"(%|\bw)\d+\b")
 _INDEX = re.compile(r"(\d+)\+(\d*)i\b")
 _FLOAT = re.compile(r"(?<![\w.])-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)(?![\w.])")
@@ -374,7 +375,7 @@ def _call_diff(before: list[_Call], after: list[_Call]) -> list[str]:
     makes other repeats, and most of a diff of the texts would tell of that."""
     if len(before) == len(after):
         pairs = [(a, b) for a, b in zip(before, after, strict=True) if a[2:] != b[2:]]
-        lines = [line for a, b in pairs for line in (f"-{_call_line(a)}", f"+{_call_line(b)}")]
+        lines = _once([(a.layer, [f"-{_call_line(a)}", f"+{_call_line(b)}"]) for a, b in pairs])
     else:  # what was put in moves the numbers of all values and weights behind it, so here they have none
         old, new = ([_READS.sub(r"\1", _call_line(call)) for call in calls] for calls in (before, after))
         same = 0
@@ -384,9 +385,30 @@ def _call_diff(before: list[_Call], after: list[_Call]) -> list[str]:
         while behind < min(len(old), len(new)) - same and old[-1 - behind] == new[-1 - behind]:
             behind += 1
         first, second = (x[max(same - 1, 0) : min(len(x) - behind + 1, same + COMPARED)] for x in (old, new))
-        found = list(difflib.unified_diff(first, second, lineterm="", n=1))[2:]
-        lines = ["..." if line.startswith("@@") else line for line in found]
+        hunks: list[list[str]] = []
+        for line in list(difflib.unified_diff(first, second, lineterm="", n=1))[2:]:
+            if line.startswith("@@"):
+                hunks.append(["..."])
+            else:
+                hunks[-1].append(line)
+        lines = _once([("", hunk) for hunk in hunks])
     return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... {len(lines) - SHOWN} more lines"]
+
+
+def _once(changes: list[tuple[str, list[str]]]) -> list[str]:
+    """The lines of changes, each with its layer in words; what differs in layer and values alone is told once."""
+    shown: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for layer, lines in changes:
+        key = tuple(_PLACES.sub(r"\1", line) for line in lines)
+        shown.setdefault(key, (lines, []))[1].append(layer)
+    found = []
+    for lines, (_, *others) in shown.values():
+        found += lines
+        numbers = [int(n) for words in others for n in re.findall(r"^layer (\d+): $", words)]
+        if others:
+            known = len(numbers) == len(others)
+            found.append(f" likewise in {_numbers(numbers)}" if known else f" likewise {len(others)} times more")
+    return found
 
 
 def _call_line(call: _Call) -> str:

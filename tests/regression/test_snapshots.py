@@ -17,7 +17,7 @@ import kvpass
 from families import build
 from kvpass.errors import RequestError
 from kvpass.ir.program import ATTENTION, Program, Weight, aten, sweep
-from kvpass.passes import EvictKV, GroupHeads, PageKV, QuantizeKV, ShareLayers, SlideWindow
+from kvpass.passes import EvictKV, GroupHeads, PageKV, Pass, QuantizeKV, ShareLayers, SlideWindow
 from kvpass.regression.diff import Grade, compare, compare_logits, unrolled
 from kvpass.regression.sketch import sketch
 from kvpass.regression.snapshot import Snapshot, dump, parse, take
@@ -144,15 +144,15 @@ def read_the_layer_below(program: Program) -> None:
     sweep(program.forward)
 
 
-def round_in_the_middle(program: Program) -> None:
+def round_in_the_middle(program: Program, layers: int = 1) -> None:
     graph = program.forward
-    node = next(n for n in graph.nodes if n.target is aten.silu.default)
-    with graph.inserting_after(node):
-        half = graph.call_function(aten.to.dtype, (node, torch.bfloat16))
-    with graph.inserting_after(half):
-        whole = graph.call_function(aten.to.dtype, (half, torch.float32))
-    node.replace_all_uses_with(whole)
-    half.args = (node, torch.bfloat16)
+    for node in [n for n in graph.nodes if n.target is aten.silu.default][:layers]:
+        with graph.inserting_after(node):
+            half = graph.call_function(aten.to.dtype, (node, torch.bfloat16))
+        with graph.inserting_after(half):
+            whole = graph.call_function(aten.to.dtype, (half, torch.float32))
+        node.replace_all_uses_with(whole)
+        half.args = (node, torch.bfloat16)
 
 
 CHANGES = {
@@ -212,6 +212,26 @@ def test_one_layer_unshared_is_a_change_of_the_plan(base):
     added = [line for line in forward.detail if line.startswith("+")]
     assert len(added) == sum(forward_calls(unshared)) - sum(forward_calls(shared))
     assert not any(line.startswith("-") for line in forward.detail)
+
+
+def test_what_changes_alike_in_every_layer_is_told_once():
+    four = quick(build("llama", num_hidden_layers=4))
+
+    def detail(entry: str, *steps: Pass) -> tuple[str, ...]:
+        found = compare(take(four), take(quick(four, *steps)))
+        return next(d for d in found.differences if d.where == entry).detail
+
+    every, one = detail("forward", SlideWindow(12, 4)), detail("forward", SlideWindow((0, 0, 12, 0), (0, 0, 4, 0)))
+    assert [line[0] for line in every] == ["-", "+", " "]
+    assert every[2] == " likewise in layers 1-3"
+    assert [line[0] for line in one] == ["-", "+"]
+    assert "layer=2" in one[0]
+    in_codes = detail("decode", QuantizeKV(8))
+    assert [line[0] for line in in_codes] == ["-", "+", " "]
+    cast = edited(four, lambda program: round_in_the_middle(program, layers=4))
+    put_in = next(d for d in compare(take(four), cast).differences if d.where == "forward").detail
+    assert sum(line.startswith("+") for line in put_in) == 2
+    assert put_in[-1] == " likewise 3 times more"
 
 
 def test_another_dtype_is_a_change_of_the_plan():
