@@ -53,6 +53,7 @@ FILE, DATA = "model.onnx", "model.onnx.data"
 SECOND = {"pass": "pass.onnx", "prompt": "prompt.onnx"}
 FORMAT = 1
 POSITIONS = 4096  # of the tables, where the model has more
+LEAST = 16  # more than the texts that graphs are traced with
 _NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -172,12 +173,14 @@ def require(*packages: str) -> None:
 
 
 def _positions(model: Transformed, asked: int | None) -> int:
-    longest = model.program.facts.max_positions
-    if asked is None:
-        return min(longest or POSITIONS, POSITIONS)
-    if asked < 1:
-        raise RequestError(f"positions must be at least 1, not {asked}")
-    return asked
+    count = min(model.program.facts.max_positions or POSITIONS, POSITIONS) if asked is None else asked
+    if count < LEAST:
+        raise RequestError(
+            f"a package has {LEAST} positions at least, not {count}",
+            where="the model's own number" if asked is None else "positions",
+            fix=f"export a model that reads {LEAST} tokens" if asked is None else f"give {LEAST} or more",
+        )
+    return count
 
 
 class _Clock:

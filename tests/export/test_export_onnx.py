@@ -189,6 +189,17 @@ def test_learned_positions_are_the_models_however_large_their_table(tmp_path: Pa
     assert all(c["measured"] < 1e-5 for c in made.checks), made.checks
 
 
+def test_few_positions_are_enough_or_refused(tmp_path: Path, llama) -> None:
+    with pytest.raises(RequestError, match="16 positions at least, not 15"):
+        llama.export_onnx(tmp_path / "out", positions=15)
+    assert not any(tmp_path.iterdir())
+    pruned = transformed("llama", [EvictKV("snapkv", keep=0.5, window=2)])
+    plans = [(llama, {"target": "onnx"}), (transformed("llama", [SlideWindow((8, 5), (3, 2))]), {}), (pruned, {})]
+    for number, (model, options) in enumerate(plans):
+        made = model.export_onnx(tmp_path / str(number), positions=16, **options)
+        assert all(check["measured"] < 1e-5 for check in made.checks)
+
+
 def test_alibi_is_refused(tmp_path: Path) -> None:
     model = kvpass.transform(build("bloom"), progress=False, verify="off")
     with pytest.raises(PlanError, match="ALiBi"):
