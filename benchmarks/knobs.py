@@ -9,15 +9,16 @@ to the next empty line, is written here: from the dataclass and its docstring, a
 
 from __future__ import annotations
 
-import argparse
 import functools
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from benchmarks.generated import write_or_check
 from kvpass.ir.plan import CachePlan
 from kvpass.passes import Pass
 from kvpass.recipe import PASSES
@@ -93,22 +94,11 @@ def pairs(name: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write knobs and compositions into the passes' pages.")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a page would change")
-    arguments = parser.parse_args()
-    stale = []
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page of a pass as it is to be."""
     for path in sorted(FOLDER.glob("*.md")):
-        before = path.read_text(encoding="utf-8")
-        after = filled(before)
-        if arguments.check:
-            stale += [path.name] if before != after else []
-        else:
-            path.write_text(after, encoding="utf-8")
-    for name in stale:
-        print(f"{name} is out of date: python -m benchmarks.knobs")
-    return int(bool(stale))
+        yield path, filled(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("Write knobs and compositions into the passes' pages.", "benchmarks.knobs", pages))

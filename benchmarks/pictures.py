@@ -8,13 +8,13 @@ light and one for dark. `--check` says, by its exit status, whether a file on di
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.generated import write_or_check
 from kvpass.ir.attention import visible
 from kvpass.ir.kv_layout import _ring_positions
 from kvpass.ir.plan import CachePlan, LayerCache
@@ -294,22 +294,11 @@ PICTURES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw the pictures of the docs.")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a file on disk would change")
-    arguments = parser.parse_args()
-    stale = []
+def pictures() -> Iterator[tuple[Path, str]]:
+    """Every picture and its file."""
     for name, draw in PICTURES.items():
-        path, text = FOLDER / f"{name}.svg", draw()
-        if arguments.check:
-            stale += [name] if not path.is_file() or path.read_text(encoding="utf-8") != text else []
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    for name in stale:
-        print(f"{name}.svg is out of date: python -m benchmarks.pictures")
-    return int(bool(stale))
+        yield FOLDER / f"{name}.svg", draw()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("Draw the pictures of the docs.", "benchmarks.pictures", pictures))

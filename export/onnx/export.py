@@ -30,7 +30,7 @@ from kvpass.export.onnx.lower import (
     Reads,
     check_plan,
     check_program,
-    folded,
+    folded_rows,
     laid,
     lower,
     rows_kept,
@@ -366,7 +366,7 @@ def _describe(model: Transformed, graph: OnnxGraph, folder: Path, dtype: str, we
                 "bits": graph.plan[o].format.bits,
                 "window": window or rows_kept(graph.plan, o)[0],
                 "sinks": rows_kept(graph.plan, o)[1],
-                "folded": folded(graph.plan),
+                "folded": folded_rows(graph.plan),
             }
             for o, window in zip(graph.owners, windows, strict=True)
         ],

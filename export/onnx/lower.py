@@ -233,7 +233,7 @@ class _Lowering(Entry):
                 with graph.inserting_after(anchor):
                     anchor = graph.placeholder(f"past_{owner}_{part}")
                 self.past[owner].append(anchor)
-        if folded(self.plan):
+        if folded_rows(self.plan):
             for owner, pair in self.past.items():
                 open_ = (self.plan[owner].kv_heads, sum(rows_kept(self.plan, owner)))
                 self.past[owner] = [self._reshaped(self.body, owner, past, open_) for past in pair]
@@ -249,7 +249,7 @@ class _Lowering(Entry):
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is ROTARY:
                 _spell_out(node)
-        if folded(self.plan):
+        if folded_rows(self.plan):
             for owner, (key, value) in self.presents.items():
                 shape = laid(self.plan, owner, sum(rows_kept(self.plan, owner)))
                 end = graph.output_node()
@@ -587,7 +587,7 @@ def rows_kept(plan: CachePlan, owner: int) -> tuple[int, int]:
     return (layout.window, layout.sinks) if layout.sinks else (0, 0)
 
 
-def folded(plan: CachePlan) -> int:
+def folded_rows(plan: CachePlan) -> int:
     """Rows of every cache in a graph where all keep sinks and windows, but not as many tokens; 0 where caches lie open.
 
     onnxruntime-genai makes all caches as long as one, of as many heads as each has in the graph. So C tokens of H heads
@@ -598,8 +598,8 @@ def folded(plan: CachePlan) -> int:
 
 
 def laid(plan: CachePlan, owner: int, rows: int) -> tuple[int, int]:
-    """KV heads and rows of a cache as they are in a graph, see `folded`."""
-    heads, unit = plan[owner].kv_heads, folded(plan)
+    """KV heads and rows of a cache as they are in a graph, see `folded_rows`."""
+    heads, unit = plan[owner].kv_heads, folded_rows(plan)
     return (heads * rows // unit, unit) if unit else (heads, rows)
 
 

@@ -37,7 +37,7 @@ _KINDS: dict[str, Any] = {
 class _Layer:
     """The cache of one layer: [B, kv_heads, rows, width] twice; with a window, rows do not grow.
 
-    Where `folded` is not 0, the graph has that many rows, of more heads: see `kvpass.export.onnx.lower.folded`.
+    Where `folded` is not 0, the graph has that many rows, of more heads: see `kvpass.export.onnx.lower.folded_rows`.
     """
 
     owner: int
@@ -258,10 +258,7 @@ class OnnxModel:
         self._binding.bind_cpu_input("positions", self._held)
         for owner, fills in self._fills.items():
             self._binding.bind_cpu_input(f"held.{owner}", fills)
-        self._binding.bind_output("logits")
-        self.session.run_with_iobinding(self._binding)
-        value = self._binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
-        logits: NDArray[np.float32] = value.numpy()[:, -1].astype(np.float32)
+        logits = _computed(self.session, self._binding, np.zeros_like(self._held))
         self._held = self._held + 1
         self._fills = {owner: fills + 1 for owner, fills in self._fills.items()}
         return logits
@@ -484,11 +481,7 @@ class OnnxModel:
         binding = self._binding if bound else self._bound(rows, session)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
         binding.bind_cpu_input("attention_mask", (np.arange(held.max()) < held[:, None]).astype(np.int64))
-        binding.bind_output("logits")
-        session.run_with_iobinding(binding)
-        value = binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
-        logits: NDArray[np.float32] = value.numpy()[np.arange(len(tokens)), at].astype(np.float32)
-        return logits
+        return _computed(session, binding, at)
 
     def _grow(self, tokens: NDArray[np.int64], total: int) -> NDArray[np.float32]:
         """Logits [B, V] behind the last token of each row; of `total` columns, the first are padding."""
@@ -516,6 +509,15 @@ class OnnxModel:
         if buffer.shape()[2] > window + SLACK:
             kept = np.ascontiguousarray(buffer.numpy()[:, :, -window:])
             self._buffers[name] = OrtValue.ortvalue_from_numpy(kept, self._device, 0)
+
+
+def _computed(session: Any, binding: Any, at: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits [B, V] behind token `at` of each row, of a run with a binding; caches are written as it says."""
+    binding.bind_output("logits")
+    session.run_with_iobinding(binding)
+    value = binding.get_outputs()[-1]  # its numpy() is a view that does not keep it alive
+    logits: NDArray[np.float32] = value.numpy()[np.arange(len(at)), at].astype(np.float32)
+    return logits
 
 
 def _integers(values: ArrayLike, what: str) -> NDArray[np.int64]:
