@@ -14,13 +14,13 @@ from kvpass.ir.fold import fold_weights
 from kvpass.ir.program import ModelFacts, Program, Weight
 from kvpass.ir.serialize import graph_from_json, graph_to_json
 from kvpass.ir.storage import SafetensorsStore, StreamWriter
-from kvpass.output import output_folder
+from kvpass.output import PROGRAM, output_folder
 
 if TYPE_CHECKING:
     from kvpass.runtime.executor import Backend
     from kvpass.runtime.transformed import Transformed
 
-MARKER = "kvpass.json"
+MARKER = PROGRAM
 FORMAT = 1
 COPIED = (
     "tokenizer.json",

@@ -33,6 +33,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvpass.errors import KvpassError, PlanError, RequestError, SourceError, UnsupportedError
+from kvpass.output import holds_program
 
 if TYPE_CHECKING:
     import torch
@@ -1302,7 +1303,7 @@ def verify(
         from kvpass.verification import verify as verify_model
 
         with _working(as_json, "checking"):
-            checks = verify_model(decoder, seed=seed, checkpoint=None if _is_program(model) else model)
+            checks = verify_model(decoder, seed=seed, checkpoint=None if holds_program(model) else model)
         passed = all(check.passed for check in checks)
         out.document = {"model": model, "passed": passed, "checks": [asdict(check) for check in checks]}
         out.status = 0 if passed else 1
@@ -1322,10 +1323,6 @@ def verify(
 
 
 # ---------------------------------------------------------------------- requests
-
-
-def _is_program(model: str) -> bool:
-    return (Path(model) / "kvpass.json").is_file()
 
 
 def _is_onnx(model: str) -> bool:
@@ -1365,7 +1362,7 @@ def _source(model: str, device: str | None, dtype: Dtype | None, backend: Backen
             where=model,
             fix="use `kvpass generate`, or give the model that it was made of",
         )
-    if not _is_program(model):
+    if not holds_program(model):
         return model
 
     import kvpass

@@ -25,6 +25,7 @@ from kvpass.ir.fold import fold_weights
 from kvpass.ir.plan import CachePlan, LayerCache
 from kvpass.ir.program import Program, sweep
 from kvpass.ir.sites import AttentionSite, Norm, Path, Refusal, Rotary, SiteFinder, source_of
+from kvpass.output import holds_program
 from kvpass.passes.evict_kv import EvictKV
 from kvpass.passes.group_heads import GroupHeads, basis_of, rewire, weight_name
 from kvpass.passes.page_kv import PageKV
@@ -152,13 +153,10 @@ def _seen(source: Source | Transformed, dtype: torch.dtype | None) -> _Seen:
     program = getattr(source, "program", None)
     if isinstance(program, Program):
         return _whole(program)
-    if not isinstance(source, torch.nn.Module):
-        from pathlib import Path as File
+    if not isinstance(source, torch.nn.Module) and holds_program(source):
+        from kvpass.export.program_folder import load
 
-        if (File(source) / "kvpass.json").is_file():
-            from kvpass.export.program_folder import load
-
-            return _whole(load(source, device="cpu").program)
+        return _whole(load(source, device="cpu").program)
     try:
         return _whole(capture(source, dtype, weights=False))
     except CaptureError as error:

@@ -32,8 +32,14 @@ _WORDS = {
     errno.ENOTEMPTY: ("something appeared there in the meantime", "choose another path"),
 }
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_OURS = ("config.json", "kvpass.json")
+PROGRAM = "kvpass.json"  # in every folder that `Transformed.save` wrote
+_OURS = ("config.json", PROGRAM)
 _SUFFIXES = (".safetensors", ".onnx")
+
+
+def holds_program(folder: str | Path) -> bool:
+    """Whether `Transformed.save` wrote a folder; looking imports nothing slow."""
+    return (Path(folder) / PROGRAM).is_file()
 
 
 def output_error(error: OSError, path: str | Path) -> OutputError:

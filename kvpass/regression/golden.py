@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvpass.errors import RequestError
-from kvpass.output import output_file
+from kvpass.output import holds_program, output_file
 from kvpass.regression.diff import Diff, Grade, compare
 from kvpass.regression.snapshot import Snapshot, Target, Weights, dump, read, take
 
@@ -88,7 +88,7 @@ def transformed(
 
     if isinstance(source, Transformed) and recipe is None:
         return source
-    if isinstance(source, str | Path) and (Path(source) / "kvpass.json").is_file():
+    if isinstance(source, str | Path) and holds_program(source):
         loaded = kvpass.load(source, device="cpu", backend="reference")
         if recipe is None:
             return loaded
